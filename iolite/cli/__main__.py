@@ -1,0 +1,5 @@
+"""`python -m iolite.cli`."""
+
+from iolite.cli import main
+
+main()
