@@ -182,14 +182,10 @@ class ModelConfig:
         if not self.vision:
             used = {k: v for k, v in used.items() if k in ("audio_token_id", "boa_token_id", "eoa_token_id")}
         if not self.audio:
-            used = {
-                k: v for k, v in used.items() if k not in ("audio_token_id", "boa_token_id", "eoa_token_id")
-            }
+            used = {k: v for k, v in used.items() if k not in ("audio_token_id", "boa_token_id", "eoa_token_id")}
         for name, value in used.items():
             if value >= self.text.vocab_size:
-                raise ConfigError(
-                    f"config.json: {name} is {value}, outside the vocabulary of {self.text.vocab_size}"
-                )
+                raise ConfigError(f"config.json: {name} is {value}, outside the vocabulary of {self.text.vocab_size}")
         if len(set(used.values())) != len(used):
             raise ConfigError("config.json: two media tokens have the same id")
 
@@ -321,7 +317,7 @@ class ProcessorConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        sizes = {"patch_size": 16, "pooling_kernel_size": 3, "do_resize": True, "do_rescale": True}
+        sizes: dict[str, Any] = {"patch_size": 16, "pooling_kernel_size": 3, "do_resize": True, "do_rescale": True}
         sizes |= {"rescale_factor": 1 / 255, "do_convert_rgb": True, "resample": 3}
         data: dict[str, Any] = {
             "processor_class": "Gemma4UnifiedProcessor",
@@ -367,9 +363,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path.name} is missing in {path.parent}", "is this a model folder?") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path.name} in {path.parent} cannot be read as JSON ({type(error).__name__})"
-        ) from None
+        raise ConfigError(f"{path.name} in {path.parent} cannot be read as JSON ({type(error).__name__})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path.name} in {path.parent} holds no JSON object")
     return data
@@ -378,18 +372,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def _text_config(data: Mapping[str, Any]) -> TextConfig:
     for key, allowed in _FIXED_TEXT.items():
         if key in data and data[key] not in allowed:
-            raise ConfigError(
-                f"config.json: text_config.{key} = {data[key]!r} is not supported (needs {allowed[0]!r})"
-            )
+            raise ConfigError(f"config.json: text_config.{key} = {data[key]!r} is not supported (needs {allowed[0]!r})")
     num_layers = _count(data, "num_hidden_layers", None, 1, 1000)
     layer_types = data.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(num_layers)]
     if len(layer_types) != num_layers or set(layer_types) - {SLIDING, FULL} or layer_types[-1] != FULL:
         raise ConfigError(
             f"config.json: layer_types must name {num_layers} layers, each {SLIDING!r} or {FULL!r}, the last one full"
         )
-    heads, kv_heads = (
-        _count(data, key, None, 1, 4096) for key in ("num_attention_heads", "num_key_value_heads")
-    )
+    heads, kv_heads = (_count(data, key, None, 1, 4096) for key in ("num_attention_heads", "num_key_value_heads"))
     head_dim = _count(data, "head_dim", 256, 2, 4096)
     share = bool(data.get("attention_k_eq_v", False))
     full_head_dim, full_kv_heads = _full_layer_sizes(data, layer_types, head_dim, kv_heads if share else None)
@@ -416,9 +406,7 @@ def _text_config(data: Mapping[str, Any]) -> TextConfig:
         rope_sliding=ropes[0],
         rope_full=ropes[1],
         rms_norm_eps=_number(data, "rms_norm_eps", 1e-6, 0.0),
-        final_logit_softcapping=None
-        if softcap is None
-        else _number(data, "final_logit_softcapping", 30.0, 1e-6),
+        final_logit_softcapping=None if softcap is None else _number(data, "final_logit_softcapping", 30.0, 1e-6),
         max_position_embeddings=_count(data, "max_position_embeddings", 262_144, 1),
         pad_token_id=_count(data, "pad_token_id", 0, 0),
         bos_token_id=_count(data, "bos_token_id", 2, 0),
@@ -451,9 +439,7 @@ def _full_layer_sizes(
         if kind == FULL:
             found.add(sizes)
         elif sizes != (head_dim, kv_heads):
-            raise ConfigError(
-                f"config.json: per_layer_config.{layer} changes a sliding layer, which is not supported"
-            )
+            raise ConfigError(f"config.json: per_layer_config.{layer} changes a sliding layer, which is not supported")
     if len(found) != 1:
         raise ConfigError("config.json: per_layer_config gives the full-attention layers different sizes")
     return found.pop()
@@ -492,9 +478,7 @@ def _vision_config(data: Mapping[str, Any] | None) -> VisionConfig | None:
         ("model_patch_size", config.model_patch_size),
     ):
         if data.get(key, value) != value:
-            raise ConfigError(
-                f"config.json: vision_config.{key} is {data[key]!r}, but its other sizes give {value}"
-            )
+            raise ConfigError(f"config.json: vision_config.{key} is {data[key]!r}, but its other sizes give {value}")
     return config
 
 
@@ -504,9 +488,7 @@ def _audio_config(data: Mapping[str, Any] | None) -> AudioConfig | None:
     size = _count(data, "audio_embed_dim", 640, 1, 1 << 20)
     for key in ("audio_samples_per_token", "hidden_size", "output_proj_dims"):
         if data.get(key, size) != size:
-            raise ConfigError(
-                f"config.json: audio_config.{key} is {data[key]!r}, but audio_embed_dim is {size}"
-            )
+            raise ConfigError(f"config.json: audio_config.{key} is {data[key]!r}, but audio_embed_dim is {size}")
     return AudioConfig(audio_embed_dim=size, rms_norm_eps=_number(data, "rms_norm_eps", 1e-6, 0.0))
 
 

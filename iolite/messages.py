@@ -1,0 +1,144 @@
+"""OpenAI's and Transformers' message shapes, brought to the one that chat templates know.
+
+A content part becomes `{"type": "text" | "image" | "audio" | "video", ...}`, its media taken out into an `Attachment`;
+tool call arguments that come as a JSON string become the object the template needs, and a tool's result that comes as
+an object becomes a JSON string (the template has no other place for it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from iolite.errors import MessageError
+
+ROLES = ("system", "developer", "user", "assistant", "model", "tool")
+
+# type of a part -> (kind, keys that may hold its source, in the order they are looked at)
+_MEDIA_PARTS = {
+    "image": ("image", ("image", "image_url", "url", "path", "data", "bytes")),
+    "image_url": ("image", ("image_url", "url", "image")),
+    "input_image": ("image", ("image_url", "image", "url", "data")),
+    "audio": ("audio", ("audio", "audio_url", "input_audio", "url", "path", "data", "array", "bytes")),
+    "audio_url": ("audio", ("audio_url", "url", "audio")),
+    "input_audio": ("audio", ("input_audio", "audio", "data", "url")),
+    "video": ("video", ("video", "video_url", "frames", "url", "path", "data", "bytes")),
+    "video_url": ("video", ("video_url", "url", "video")),
+    "input_video": ("video", ("input_video", "video", "data", "url")),
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One picture, recording or video of a message, not yet opened."""
+
+    kind: str  # "image" | "audio" | "video"
+    source: Any  # path, bytes, data URI, NumPy array, PIL image, list of frames; None: only announced
+    sampling_rate: int | None = None  # of an array of samples
+    max_soft_tokens: int | None = None  # of this picture or of each frame
+    num_frames: int | None = None
+    fps: float | None = None
+
+
+def normalise(messages: str | Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Attachment]]:
+    """Messages as the template wants them, and their media in the order in which they stand.
+
+    A string is one message of the user. Raises MessageError and names the message and part at fault.
+    """
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}], []
+    if not isinstance(messages, Sequence) or not messages:
+        raise MessageError("messages must be a non-empty list of {'role': ..., 'content': ...}")
+    attachments: list[Attachment] = []
+    return [_message(m, f"message {i}", attachments) for i, m in enumerate(messages)], attachments
+
+
+def _message(message: Mapping[str, Any], where: str, attachments: list[Attachment]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise MessageError(f"{where} is not an object with a role and a content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise MessageError(f"{where} has the role {role!r}; known roles are {', '.join(ROLES)}")
+    content = message.get("content")
+    if content is None and not message.get("tool_calls") and role not in ("assistant", "model"):
+        raise MessageError(f"{where} ({role}) has no content")
+    if isinstance(content, Mapping) and role == "tool":
+        content = json.dumps(content, ensure_ascii=False)
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        content = [_part(p, f"{where}, part {i}", attachments) for i, p in enumerate(content)]
+    elif content is not None and not isinstance(content, str):
+        raise MessageError(f"{where}: content must be a string or a list of parts, not {type(content).__name__}")
+    result = {**message, "content": content}
+    if message.get("tool_calls"):
+        result["tool_calls"] = [_tool_call(c, f"{where}, tool call {i}") for i, c in enumerate(message["tool_calls"])]
+    return result
+
+
+def _part(part: Any, where: str, attachments: list[Attachment]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _TEXT_PARTS:
+        if not isinstance(part.get("text"), str):
+            raise MessageError(f"{where} is of type {kind!r} but has no string under 'text'")
+        return {"type": "text", "text": part["text"]}
+    if kind not in _MEDIA_PARTS:
+        known = ", ".join((*_TEXT_PARTS[:1], *_MEDIA_PARTS))
+        raise MessageError(f"{where} has the type {kind!r}; known types are {known}")
+    attachment = _attachment(part, where, *_MEDIA_PARTS[kind])
+    attachments.append(attachment)
+    return {"type": attachment.kind}
+
+
+def _attachment(part: Mapping[str, Any], where: str, kind: str, keys: Sequence[str]) -> Attachment:
+    settings: Mapping[str, Any] = part
+    source = next((part[k] for k in keys if part.get(k) is not None), None)
+    if isinstance(source, Mapping):  # {"url": …}, {"data": base64, "format": "wav"}, {"array": …, "sampling_rate": …}
+        settings = {**part, **source}
+        inner = ("array", "bytes", "url", "path", "data")
+        source = next((source[k] for k in inner if source.get(k) is not None), None)
+        if source is None:
+            raise MessageError(f"{where}: no source under any of {', '.join(inner)}")
+    base64 = isinstance(source, str) and settings.get("data") is source
+    if base64 and not str(source).startswith("data:"):
+        source = f"data:{kind}/{settings.get('format', '*')};base64,{source}"
+    return Attachment(
+        kind,
+        source,
+        sampling_rate=_whole(settings, "sampling_rate", where),
+        max_soft_tokens=_whole(settings, "max_soft_tokens", where),
+        num_frames=_whole(settings, "num_frames", where),
+        fps=_positive(settings, "fps", where),
+    )
+
+
+def _whole(settings: Mapping[str, Any], key: str, where: str) -> int | None:
+    value = settings.get(key)
+    if value is not None and (type(value) is not int or value < 1):
+        raise MessageError(f"{where}: {key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _positive(settings: Mapping[str, Any], key: str, where: str) -> float | None:
+    value = settings.get(key)
+    if value is not None and (type(value) not in (int, float) or not 0 < value < float("inf")):
+        raise MessageError(f"{where}: {key} must be a positive number, not {value!r}")
+    return value
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise MessageError(f"{where} has no function with a name")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (json.JSONDecodeError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise MessageError(f"{where}: arguments must be a JSON object")
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,42 @@
+"""The stack of decoder blocks, from scaled embeddings to normalised hidden states."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from iolite.config import FULL, SLIDING, TextConfig
+from iolite.kernels import reference as ops
+from iolite.model.batch import Batch
+from iolite.model.layers import DecoderLayer
+from iolite.model.norm import RMSNorm
+
+
+class Decoder(nn.Module):
+    """`language_model` of the checkpoint."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of ids, times sqrt(M) rounded to the weight's dtype as the reference does (62.0 in bf16)."""
+        weight = self.embed_tokens.weight
+        scale = weight.new_tensor(self.config.hidden_size**0.5)
+        return self.embed_tokens(ids) * scale
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [N, M], already scaled, with soft tokens in place -> hidden states [N, M] after the final norm."""
+        angles = {kind: self._angles(kind, batch.positions) for kind in (SLIDING, FULL)}
+        for i, layer in enumerate(self.layers):
+            x = layer(x, angles[self.config.layer_types[i]], batch.attend(i))
+        batch.finish()
+        return self.norm(x)
+
+    def _angles(self, kind: str, positions: Tensor) -> tuple[Tensor, Tensor]:
+        full = kind == FULL
+        head_dim = self.config.global_head_dim if full else self.config.head_dim
+        rope = self.config.rope_full if full else self.config.rope_sliding
+        return ops.rope_angles(positions, head_dim, rope.theta, rope.num_angles(head_dim))

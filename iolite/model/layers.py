@@ -1,0 +1,49 @@
+"""One decoder block: normalised attention and a gated feed-forward net, each added to the stream after its own norm.
+
+Names are the checkpoint's. Letters: N tokens (any leading shape), M hidden size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from iolite.config import TextConfig
+from iolite.kernels import reference as ops
+from iolite.model.attention import Attend, Attention
+from iolite.model.norm import RMSNorm
+
+
+class MLP(nn.Module):
+    """down(gelu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """A block with four norms and a learnt scalar that keeps activations small (a buffer: it is not trained here)."""
+
+    layer_scalar: Tensor
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+        self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), angles, attend))
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x * self.layer_scalar

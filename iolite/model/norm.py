@@ -1,0 +1,20 @@
+"""The one norm of the decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from iolite.kernels import reference as ops
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, with a weight that multiplies as it is."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)

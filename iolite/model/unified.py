@@ -1,0 +1,52 @@
+"""The whole network: text, pictures and sound become one stream of M-wide tokens, and one decoder reads it.
+
+`state_dict()` has the published names without their leading "model."; an untied head is `lm_head.weight`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iolite.config import ModelConfig
+from iolite.kernels import reference as ops
+from iolite.model.batch import Batch, Media
+from iolite.model.decoder import Decoder
+from iolite.model.embedders import VisionEmbedder, audio_projection, vision_projection
+
+
+class Unified(nn.Module):
+    """Gemma 4 Unified at any size its config can describe."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.text.hidden_size
+        self.language_model = Decoder(config.text)
+        if config.vision:
+            self.vision_embedder = VisionEmbedder(config.vision)
+            self.embed_vision = vision_projection(config.vision, size)
+        if config.audio:
+            self.embed_audio = audio_projection(config.audio, size)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(size, config.text.vocab_size, bias=False)
+
+    def forward(self, ids: Tensor, batch: Batch) -> Tensor:
+        """Token ids (any leading shape N) and what the batch knows of them -> hidden states [N, M]."""
+        return self.language_model(self.embed(ids, batch.media), batch)
+
+    def embed(self, ids: Tensor, media: Media) -> Tensor:
+        """Text embeddings with the soft tokens of media put in the placeholders' rows (unscaled)."""
+        x = self.language_model.embed(ids)
+        flat = x.flatten(0, -2)
+        if media.pixels is not None and media.positions is not None and media.pixel_index is not None:
+            soft = self.embed_vision(self.vision_embedder(media.pixels, media.positions))
+            flat = flat.index_copy(0, media.pixel_index, soft.to(flat.dtype))
+        if media.frames is not None and media.frame_index is not None:
+            soft = self.embed_audio(media.frames)
+            flat = flat.index_copy(0, media.frame_index, soft.to(flat.dtype))
+        return flat.view_as(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token [N, vocabulary] in float32, soft-capped, for hidden states [N, M]."""
+        head = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
+        return ops.softcap(F.linear(hidden, head.weight).float(), self.config.text.final_logit_softcapping)

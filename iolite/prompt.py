@@ -1,0 +1,212 @@
+"""Messages with media in them become one `Prompt`: the only kind of input that everything below takes.
+
+The order of parts is kept as written. Each picture, video frame and recording becomes a `Span` of placeholder ids with
+its raw array beside it. A placeholder without media, and media without a placeholder, are errors: nothing is dropped.
+
+The steps: `iolite.messages` brings both OpenAI's and Transformers' shapes to one, the checkpoint's template renders
+them, each placeholder in the text is expanded (FACTS of the family: one picture is boi + n * image + eoi), and the
+tokenizer turns the whole text into ids, in which the spans are then found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from iolite.config import ModelConfig, ProcessorConfig
+from iolite.errors import MediaError, MessageError, UsageError
+from iolite.media.audio import audio_frames, decode_audio
+from iolite.media.image import decode_image, image_patches
+from iolite.media.limits import DEFAULT_LIMITS, Limits
+from iolite.media.video import Video, decode_video, timestamp_text
+from iolite.messages import Attachment, normalise
+from iolite.text.template import ChatTemplate
+from iolite.text.tokenizer import Tokenizer
+
+Kind = Literal["image", "video", "audio"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One picture, one video frame or one recording inside a prompt."""
+
+    kind: Kind
+    start: int  # index of its first placeholder in Prompt.ids
+    length: int  # tokens
+    array: np.ndarray  # float32 [length, values of a patch or a frame of sound]
+    positions: np.ndarray | None  # int64 [length, 2]: (column, row) of each patch; None for sound
+    digest: str  # SHA-256 of the array and its positions: two pictures share ids, never a digest
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with media expanded, the raw media beside them, and the rendered text they came from."""
+
+    ids: list[int]
+    text: str
+    spans: tuple[Span, ...] = ()
+
+    def blocks(self) -> np.ndarray:
+        """int64 [len(ids)]: the number of the picture or video frame (from 1) each token belongs to, 0 for none."""
+        blocks = np.zeros(len(self.ids), np.int64)
+        for number, span in enumerate((s for s in self.spans if s.kind != "audio"), start=1):
+            blocks[span.start : span.stop] = number
+        return blocks
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """A checkpoint's tokenizer, template and settings, ready to turn messages into prompts."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    config: ModelConfig
+    processor: ProcessorConfig
+    limits: Limits = DEFAULT_LIMITS
+    media_root: Path | None = None
+    allow_urls: bool = False
+
+    def render(self, messages: str | Sequence[Mapping[str, Any]], **template: Any) -> str:
+        """The template's text, placeholders unexpanded. Keywords as in `ChatTemplate.render`."""
+        return self._render(normalise(messages)[0], template)
+
+    def build(
+        self, messages: str | Sequence[Mapping[str, Any]], *, image_tokens: int | None = None, **template: Any
+    ) -> Prompt:
+        """The prompt of messages. image_tokens is the budget of each picture that does not name its own.
+
+        Raises MessageError, MediaError or UsageError before any model work is done.
+        """
+        messages, attachments = normalise(messages)
+        text = self._render(messages, template)
+        pieces = [self._expand(a, image_tokens) for a in attachments]
+        return self._join(text, attachments, pieces)
+
+    def _render(self, messages: list[dict[str, Any]], template: Mapping[str, Any]) -> str:
+        bos = self.tokenizer.id_to_token(self.config.text.bos_token_id)
+        return self.template.render(messages, bos_token=bos, **template)
+
+    def _join(self, text: str, attachments: Sequence[Attachment], pieces: list[tuple[str, list[Span]]]) -> Prompt:
+        marks = {f"<|{kind}|>": kind for kind in ("image", "audio", "video")}
+        parts = _split(text, tuple(marks))
+        found = [marks[p] for p in parts if p in marks]
+        wanted = [a.kind for a in attachments]
+        if found != wanted:
+            raise MessageError(
+                f"the text holds {len(found)} media placeholders ({', '.join(found) or 'none'}) for {len(wanted)} "
+                f"attached media ({', '.join(wanted) or 'none'})",
+                "attach each picture, recording or video as a part of a message; do not write <|image|> yourself",
+            )
+        replacements = iter(pieces)
+        spans: list[Span] = []
+        expanded: list[str] = []
+        for part in parts:
+            if part in marks:
+                part, own_spans = next(replacements)
+                spans += own_spans
+            expanded.append(part)
+        ids = self.tokenizer.encode("".join(expanded))
+        return Prompt(ids, text, self._place(ids, spans))
+
+    def _place(self, ids: list[int], spans: Sequence[Span]) -> tuple[Span, ...]:
+        """Finds where each span's run of placeholder ids begins."""
+        placed, at = [], 0
+        for span in spans:
+            token = self._token_ids(span.kind)[1]
+            at = ids.index(token, at)
+            assert ids[at : at + span.length] == [token] * span.length, "the tokenizer splits a placeholder"
+            placed.append(Span(span.kind, at, span.length, span.array, span.positions, span.digest))
+            at += span.length
+        return tuple(placed)
+
+    def _expand(self, attachment: Attachment, image_tokens: int | None) -> tuple[str, list[Span]]:
+        """The text that stands for one attachment, and its spans (not yet placed)."""
+        if attachment.kind not in self.config.modalities:
+            raise MediaError(
+                f"this model cannot take {attachment.kind}: its checkpoint has no weights for it",
+                f"it takes {', '.join(self.config.modalities)}",
+            )
+        if attachment.source is None:
+            raise MessageError(f"a part of type {attachment.kind!r} comes without a path, bytes, data URI or array")
+        where = {"limits": self.limits, "media_root": self.media_root, "allow_urls": self.allow_urls}
+        if attachment.kind == "audio":
+            samples = decode_audio(attachment.source, sampling_rate_in=attachment.sampling_rate, **where)
+            return self._sound(samples)
+        if attachment.kind == "image":
+            budget = self._budget(attachment.max_soft_tokens or image_tokens)
+            return self._picture(decode_image(attachment.source, **where), "image", budget)
+        video = decode_video(
+            attachment.source,
+            num_frames=attachment.num_frames or self.processor.num_frames,
+            fps=attachment.fps,
+            **where,
+        )
+        return self._video(video, attachment.max_soft_tokens or self.processor.video_max_soft_tokens)
+
+    def _budget(self, asked: int | None) -> int:
+        budget = self.processor.image_max_soft_tokens if asked is None else asked
+        allowed = self.processor.image_budgets
+        if allowed is not None and budget not in allowed:
+            raise UsageError(f"image_tokens must be one of {', '.join(map(str, allowed))}, not {budget}")
+        assert self.config.vision is not None
+        if not 1 <= budget <= self.config.vision.mm_posemb_size:
+            raise UsageError(f"image_tokens must be from 1 to {self.config.vision.mm_posemb_size}, not {budget}")
+        return budget
+
+    def _token_ids(self, kind: Kind) -> tuple[int, int, int]:
+        """(begin, placeholder, end). A video frame has a picture's begin and end."""
+        c = self.config
+        if kind == "audio":
+            return c.boa_token_id, c.audio_token_id, c.eoa_token_id
+        return c.boi_token_id, c.image_token_id if kind == "image" else c.video_token_id, c.eoi_token_id
+
+    def _bracket(self, kind: Kind, length: int) -> str:
+        begin, mark, end = (self.tokenizer.id_to_token(i) for i in self._token_ids(kind))
+        return begin + mark * length + end
+
+    def _picture(self, pixels: np.ndarray, kind: Kind, budget: int) -> tuple[str, list[Span]]:
+        assert self.config.vision is not None
+        patches = image_patches(pixels, max_soft_tokens=budget, patch_size=self.config.vision.model_patch_size)
+        n = len(patches.pixels)
+        span = Span(kind, 0, n, patches.pixels, patches.positions, _digest(kind, patches.pixels, patches.positions))
+        return self._bracket(kind, n), [span]
+
+    def _sound(self, samples: np.ndarray) -> tuple[str, list[Span]]:
+        frames = audio_frames(samples, self.processor.audio_samples_per_token)
+        span = Span("audio", 0, len(frames), frames, None, _digest("audio", frames, None))
+        return self._bracket("audio", len(frames)), [span]
+
+    def _video(self, video: Video, budget: int) -> tuple[str, list[Span]]:
+        texts, spans = [], []
+        for frame, seconds in zip(video.frames, video.timestamps, strict=True):
+            text, (span,) = self._picture(frame, "video", budget)
+            texts.append(f"{timestamp_text(seconds)} {text}")
+            spans.append(span)
+        return " ".join(texts), spans
+
+
+def _split(text: str, marks: tuple[str, ...]) -> list[str]:
+    """text cut before and after each mark."""
+    parts, rest = [], text
+    while rest:
+        at, mark = min(((rest.find(m), m) for m in marks if m in rest), default=(len(rest), ""))
+        parts += [p for p in (rest[:at], mark) if p]
+        rest = rest[at + len(mark) :]
+    return parts
+
+
+def _digest(kind: Kind, array: np.ndarray, positions: np.ndarray | None) -> str:
+    digest = hashlib.sha256(f"{kind} {array.shape} {array.dtype}".encode())
+    digest.update(array.tobytes())
+    if positions is not None:
+        digest.update(positions.tobytes())
+    return digest.hexdigest()
