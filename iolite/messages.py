@@ -53,7 +53,8 @@ def normalise(messages: str | Sequence[Mapping[str, Any]]) -> tuple[list[dict[st
     if not isinstance(messages, Sequence) or not messages:
         raise MessageError("messages must be a non-empty list of {'role': ..., 'content': ...}")
     attachments: list[Attachment] = []
-    return [_message(m, f"message {i}", attachments) for i, m in enumerate(messages)], attachments
+    found = [_message(m, f"message {i}", attachments) for i, m in enumerate(messages)]  # type: ignore[arg-type]
+    return found, attachments
 
 
 def _message(message: Mapping[str, Any], where: str, attachments: list[Attachment]) -> dict[str, Any]:
