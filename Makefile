@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help run test test-fast lint format clean
+
+help:
+	@echo "make run        install iolite into .venv and let the embedded model look and listen"
+	@echo "make test       lint, types and the whole test suite"
+	@echo "make test-fast  the test suite without its slow part"
+	@echo "make lint       ruff and mypy;  make format: let ruff format"
+
+run: .venv/.iolite
+	$(BIN)/iolite run nano "What number is this?" --image docs/demo/number.png
+	$(BIN)/iolite run nano "What colour is the shape?" --image docs/demo/shape.png
+	$(BIN)/iolite transcribe docs/demo/digits.wav
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: .venv/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.iolite: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@ .venv/.iolite
+
+clean:
+	rm -rf .venv build dist *.egg-info
