@@ -426,10 +426,12 @@ def _full_layer_sizes(
         return full_head_dim, _count(data, "num_global_key_value_heads", None, 1, 4096) if own else kv_heads
     if not isinstance(per_layer, Mapping):
         raise ConfigError("config.json: per_layer_config must be an object")
+    # Transformers pads the layer numbers with zeros to one width: "05" and "11".
+    by_layer = {str(key).lstrip("0") or "0": value for key, value in per_layer.items()}
     known = {"head_dim", "num_key_value_heads"}
     found = set()
     for layer, kind in enumerate(layer_types):
-        own_sizes = _section(per_layer, str(layer))
+        own_sizes = _section(by_layer, str(layer))
         if set(own_sizes) - known:
             raise ConfigError(f"config.json: per_layer_config.{layer} sets {sorted(set(own_sizes) - known)}")
         sizes = (
