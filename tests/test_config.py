@@ -1,4 +1,4 @@
-"""config.json and its siblings: both spellings, and values that are refused because they would change the mathematics."""
+"""config.json and its siblings: both spellings, and values refused because they would change the mathematics."""
 
 from __future__ import annotations
 
