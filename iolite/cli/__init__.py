@@ -1,8 +1,8 @@
 """The command line: a dispatcher, and one file per command, each imported only when it is used.
 
-`iolite --help` reads the table below and imports neither torch nor any command. stdout carries data, stderr carries
-talk. Exit codes: 0 done, 2 the input is at fault (`error: …`, then `hint: …`), 130 interrupted, 141 the reader of
-our output went away; a traceback with code 1 is a bug of iolite.
+`iolite --help` reads the table below and imports neither torch nor any command. stdout carries data, stderr
+carries talk. Exit codes: 0 done, 2 the input is at fault (`error: …`, then `hint: …`), 130 interrupted, 141 the
+reader of our output went away; a traceback with code 1 is a bug of iolite.
 """
 
 from __future__ import annotations
