@@ -1,0 +1,154 @@
+"""One sequence from prompt to end: prefill in chunks, then one token at a time.
+
+The slow obvious path: one cache, one forward pass a token, nothing shared between calls. `iolite/engine` is checked
+against it. Knows ids only; text, thoughts and tool calls are made of them in `iolite/generate/model.py`.
+
+Letters: M hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iolite.cache import KVCache
+from iolite.errors import ContextError, UsageError
+from iolite.generate.sampling import Sampler, SamplingParams
+from iolite.model.batch import Media, RaggedBatch, Segment
+from iolite.model.prefill import prefill
+from iolite.model.unified import Unified
+from iolite.prompt import Prompt
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens of the prompt done, tokens in all) after every chunk."""
+
+
+def check_fits(prompt: Prompt, context: int) -> None:
+    """ContextError when the prompt leaves no room for one token of an answer; UsageError when it is empty."""
+    if not prompt.ids:
+        raise UsageError("the prompt has no tokens")
+    if len(prompt.ids) >= context:
+        raise ContextError(
+            f"the prompt has {len(prompt.ids)} tokens and the context is {context}",
+            "shorten it, use fewer or smaller media, or load the model with a larger context",
+        )
+
+
+@torch.inference_mode()
+def advance(network: Unified, token: int, cache: KVCache) -> Tensor:
+    """Hidden state [1, M] of one token that continues the cache's sequence."""
+    device = network.language_model.embed_tokens.weight.device
+    batch = RaggedBatch(network.config.text, [Segment(cache, 1)], Media(), device)
+    hidden: Tensor = network(torch.tensor([token], device=device), batch)
+    return hidden
+
+
+@torch.inference_mode()
+def prompt_logits(network: Unified, prompt: Prompt) -> Tensor:
+    """Float32 scores [len(prompt.ids), V] of the token after each position, by the passes that generation makes."""
+    cache = KVCache(network.config.text, len(prompt.ids))
+    return torch.cat([network.logits(hidden) for hidden in prefill(network, prompt, cache)])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token, and why it is the last one: "stop", "length", or None while the answer goes on."""
+
+    id: int
+    finish_reason: str | None
+
+
+class Decoding:
+    """Iterates over the tokens of one answer, the end token included, and keeps its own time.
+
+    Time spent by the consumer between two tokens is not counted. Closing the iterator early is fine.
+    """
+
+    def __init__(
+        self,
+        network: Unified,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        context: int,
+        progress: Progress | None = None,
+    ) -> None:
+        check_fits(prompt, context)
+        self.network, self.prompt, self.params, self.progress = network, prompt, params, progress
+        self.limit = min(params.max_tokens, context - len(prompt.ids))
+        self.cache = KVCache(network.config.text, context)
+        self.prefill_seconds = 0.0  # up to and including the first token
+        self.decode_seconds = 0.0
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Drawn]:
+        sampler, ids = Sampler(self.params), list(self.prompt.ids)
+        while True:
+            begin = time.perf_counter()
+            token = self._next(sampler, ids)
+            took = time.perf_counter() - begin
+            if self.count == 0:
+                self.prefill_seconds = took
+            else:
+                self.decode_seconds += took
+            ids.append(token)
+            self.count += 1
+            reason = self._finish_reason(token)
+            yield Drawn(token, reason)
+            if reason:
+                return
+
+    @torch.inference_mode()
+    def _next(self, sampler: Sampler, ids: list[int]) -> int:
+        if self.count == 0:
+            for hidden in prefill(self.network, self.prompt, self.cache, progress=self.progress):
+                last = hidden[-1:]
+        else:
+            last = advance(self.network, ids[-1], self.cache)
+        return sampler(ids, self.network.logits(last)[0])
+
+    def _finish_reason(self, token: int) -> str | None:
+        if token in self.params.stop_ids:
+            return "stop"
+        return "length" if self.count == self.limit else None
+
+
+class StopStrings:
+    """Ends a text at the first of several strings, which may begin in one token and end in another.
+
+    What could be the beginning of a stop string is held back until it is known not to be one, so no part of a stop
+    string is ever handed out.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """More text comes in, what is safe to show comes out; after a stop string was found, nothing does."""
+        if self.found or not self.stops:
+            return "" if self.found else text
+        text = self.held + text
+        starts = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if starts:
+            self.found, self.held = True, ""
+            return text[: min(starts)]
+        keep = max(self._overlap(text, stop) for stop in self.stops)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back, when the text has ended without a stop string."""
+        held, self.held = self.held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of text that begins stop."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,124 @@
+"""What an answer is made of: text, thoughts, tool calls, why it ended, what it cost and how long it took."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model wants called. `error` says what is wrong with a call that must not be run."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+    error: str | None = None
+
+    def to_message(self) -> dict[str, Any]:
+        """The form that an assistant message's `tool_calls` takes."""
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens: in the prompt (media expanded), drawn (the end token included), and how many of those were thoughts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds on the wall clock. The prefill's hold the first token, whose logits they end with."""
+
+    prepare_seconds: float  # template, tokenizer, reading media
+    prefill_seconds: float
+    decode_seconds: float  # all tokens but the first
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def time_to_first_token(self) -> float:
+        return self.prepare_seconds + self.prefill_seconds
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed; 0.0 when the prefill's token was the only one."""
+        later = self.completion_tokens - 1
+        return later / max(self.decode_seconds, 1e-9) if later > 0 else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        names = ("time_to_first_token", "prompt_tokens_per_second", "tokens_per_second")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer.
+
+    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the context ran out) or
+    "tool_calls". `notice` is set when the answer is not what it seems: empty, cut off, or with a broken tool call.
+    """
+
+    text: str
+    reasoning: str
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    notice: str | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant message to append to the conversation. Broken tool calls are left out."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        calls = [call.to_message() for call in self.tool_calls if call.error is None]
+        if calls:
+            message["tool_calls"] = calls
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        return message
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `iolite run --json` prints them."""
+        return {
+            "text": self.text,
+            "reasoning": self.reasoning,
+            "tool_calls": [asdict(call) for call in self.tool_calls],
+            "finish_reason": self.finish_reason,
+            "notice": self.notice,
+            "usage": asdict(self.usage) | {"total_tokens": self.usage.total_tokens},
+            "timings": self.timings.to_dict(),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+def explain(text: str, finish_reason: str, calls: list[ToolCall], reasoning: str, tokens: int) -> str | None:
+    """The notice of an answer: None for an ordinary one, else one sentence on what is missing and why."""
+    broken = next((call for call in calls if call.error), None)
+    if broken:
+        return f"the call of {broken.name or 'a tool'} is not usable: {broken.error}"
+    if finish_reason == "length":
+        if not text and reasoning:
+            return f"all {tokens} tokens went into thinking, before an answer began; raise max_tokens"
+        return f"the answer was cut off after {tokens} tokens; raise max_tokens for more"
+    if not text and not calls:
+        return "the model ended its turn without an answer"
+    return None

@@ -1,0 +1,217 @@
+"""From logits to a token id: small functions composed into one sampler.
+
+A processor maps (ids so far, logits) to logits; a filter maps logits to logits with -inf at what may not be drawn.
+`make_processors` and `make_filters` list those that a `SamplingParams` asks for, in Transformers' order: bias,
+repetition penalty, suppressed tokens, temperature, top-k, top-p, min-p. Shapes: logits are float32 [vocab].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iolite.config import GenerationConfig
+from iolite.errors import UsageError
+
+Processor = Callable[[Sequence[int], Tensor], Tensor]
+Filter = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one answer is drawn and where it ends. Checked when made: a senseless value is a UsageError.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch their filter off. logit_bias adds to the logits of
+    token ids. stop strings end the answer and are never shown. seed None draws a fresh one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    suppress_tokens: tuple[int, ...] = ()
+    seed: int | None = None
+    max_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0.0, math.inf)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        _check_count("top_k", self.top_k, 0)
+        _check_count("max_tokens", self.max_tokens, 1)
+        if self.seed is not None:
+            _check_count("seed", self.seed, 0, 2**64 - 1)
+        if self.repetition_penalty == 0:
+            raise UsageError("repetition_penalty is 0", "1 switches it off, values above 1 discourage repeats")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError("a stop string is empty or not a string", "give one or more non-empty strings")
+        for token, value in self.logit_bias.items():
+            _check_count("a token id in logit_bias", token, 0)
+            _check_number(f"logit_bias of token {token}", value, -math.inf, 1e6)
+
+    @classmethod
+    def from_defaults(cls, defaults: GenerationConfig, **asked: Any) -> SamplingParams:
+        """What was asked for (None means not asked) over what the checkpoint's generation_config.json says.
+
+        `stop` may be one string or several, `logit_bias` may have ids spelled as strings (as JSON does).
+        """
+        unknown = set(asked) - set(cls.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(sorted(cls.__dataclass_fields__))
+            raise UsageError(f"unknown generation setting {sorted(unknown)[0]!r}", f"there are: {known}")
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if "stop" in asked:
+            asked["stop"] = (asked["stop"],) if isinstance(asked["stop"], str) else tuple(asked["stop"])
+        if "logit_bias" in asked:
+            asked["logit_bias"] = {_token_id(i): value for i, value in dict(asked["logit_bias"]).items()}
+        base = cls(
+            temperature=defaults.temperature if defaults.do_sample else 0.0,
+            top_k=defaults.top_k,
+            top_p=defaults.top_p,
+            suppress_tokens=defaults.suppress_tokens,
+            stop_ids=frozenset(defaults.eos_token_ids),
+        )
+        return replace(base, **asked)
+
+
+def _token_id(key: Any) -> int:
+    try:
+        return int(key)
+    except (TypeError, ValueError):
+        raise UsageError(f"logit_bias has the key {key!r}", "its keys are token ids") from None
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise UsageError(f"{name} is {value!r}, not a number")
+    if not low <= value <= high or value == math.inf:
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise UsageError(f"{name} is {value}, but must be at least {low:g}{upper}")
+
+
+def _check_count(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name} is {value!r}, not a whole number")
+    if value < low or (high is not None and value > high):
+        raise UsageError(f"{name} is {value}, but must be at least {low}" + (f" and at most {high}" if high else ""))
+
+
+def add_bias(ids: Sequence[int], logits: Tensor, *, bias: Mapping[int, float]) -> Tensor:
+    """Adds each token's bias; -inf forbids it. An id outside the vocabulary is a UsageError."""
+    outside = [token for token in bias if token >= logits.shape[-1]]
+    if outside:
+        raise UsageError(f"logit_bias names token {outside[0]}, but the vocabulary has {logits.shape[-1]}")
+    where = torch.tensor(list(bias), device=logits.device)
+    return logits.index_add(0, where, torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device))
+
+
+def penalise_repeats(ids: Sequence[int], logits: Tensor, *, penalty: float) -> Tensor:
+    """Divides positive and multiplies negative logits of every token already in ids (CTRL, arXiv 1909.05858)."""
+    seen = torch.tensor(sorted(set(ids)), device=logits.device)
+    score = logits[seen]
+    return logits.index_copy(0, seen, torch.where(score < 0, score * penalty, score / penalty))
+
+
+def suppress(ids: Sequence[int], logits: Tensor, *, tokens: Sequence[int]) -> Tensor:
+    """Forbids the tokens."""
+    return logits.index_fill(0, torch.tensor(tokens, device=logits.device), -math.inf)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keeps the k largest, and what equals the smallest of them."""
+    smallest = torch.topk(logits, min(k, logits.shape[-1])).values[-1]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keeps the most probable tokens until their probabilities reach p, the token that reaches it included."""
+    alive = int((logits > -math.inf).sum())  # after top-k this is small, and a full sort of the vocabulary is spared
+    values, order = torch.topk(logits, alive)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    drop = before >= p
+    drop[0] = False
+    return logits.index_fill(0, order[drop], -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keeps what is at least p times as probable as the most probable token."""
+    return logits.masked_fill(logits < logits.max() + math.log(p), -math.inf)
+
+
+def make_processors(params: SamplingParams) -> list[Processor]:
+    """What changes the logits in view of the tokens so far; these act under greedy choice too."""
+    found: list[Processor] = []
+    if params.logit_bias:
+        found.append(lambda ids, logits: add_bias(ids, logits, bias=params.logit_bias))
+    if params.repetition_penalty != 1:
+        found.append(lambda ids, logits: penalise_repeats(ids, logits, penalty=params.repetition_penalty))
+    if params.suppress_tokens:
+        found.append(lambda ids, logits: suppress(ids, logits, tokens=params.suppress_tokens))
+    return found
+
+
+def make_filters(params: SamplingParams) -> list[Filter]:
+    """What shapes the distribution that is drawn from; empty under greedy choice."""
+    if params.temperature == 0:
+        return []
+    # Less the largest first: a tiny temperature would otherwise overflow.
+    found: list[Filter] = [lambda logits: (logits - logits.max()) / params.temperature]
+    if params.top_k > 0:
+        found.append(lambda logits: keep_top_k(logits, params.top_k))
+    if params.top_p < 1:
+        found.append(lambda logits: keep_top_p(logits, params.top_p))
+    if params.min_p > 0:
+        found.append(lambda logits: keep_min_p(logits, params.min_p))
+    return found
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> int:
+    """One token from softmax(logits), by the inverse of the cumulative distribution in float64.
+
+    The uniform number comes from the CPU, so a seed means the same on every device. It is below 1 by at least 2^-53,
+    so its product with the total stays below the total, and a token of probability zero is never the first to pass it.
+    """
+    cumulative = logits.cpu().double().softmax(-1).cumsum(-1)
+    target = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
+    return int(torch.searchsorted(cumulative, target, right=True))
+
+
+class Sampler:
+    """Draws the next token of one sequence; holds that sequence's random generator and nothing else that changes."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self.processors = make_processors(params)
+        self.filters = make_filters(params)
+        self.generator = torch.Generator()
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+
+    def logits(self, ids: Sequence[int], logits: Tensor) -> Tensor:
+        """The logits [vocab] of the distribution that is drawn from (under greedy choice: whose largest is taken)."""
+        logits = logits.float()
+        for process in self.processors:
+            logits = process(ids, logits)
+        for keep in self.filters:
+            logits = keep(logits)
+        return logits
+
+    def __call__(self, ids: Sequence[int], logits: Tensor) -> int:
+        """ids is the whole sequence so far, prompt included; logits [vocab] are the model's for the next token."""
+        shaped = self.logits(ids, logits)
+        if self.params.temperature == 0:
+            return int(shaped.argmax())
+        return draw(shaped, self.generator)
