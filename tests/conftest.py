@@ -1,31 +1,29 @@
-"""What every test shares: no network, one thread a process, and an honest way to skip."""
+"""Fixtures of the whole suite. They import what they need when a test asks for them: a small run stays quick."""
 
 from __future__ import annotations
 
-import os
-import shutil
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
-
-def need_program(name: str, package: str | None = None) -> None:
-    """Skips a test, saying why, when a system program is missing; fails instead where all are promised.
-
-    `.ci/run` installs every program and sets IOLITE_TEST_ALL=1, so that nothing is skipped there for that reason.
-    """
-    if shutil.which(name):
-        return
-    reason = f"{name} is not installed (Debian package {package or name})"
-    if os.environ.get("IOLITE_TEST_ALL") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
+if TYPE_CHECKING:
+    from iolite.model.unified import Unified
 
 
-@pytest.fixture
-def espeak() -> None:
-    """Needs the speech synthesiser."""
-    need_program("espeak-ng")
+@pytest.fixture(scope="session")
+def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Unified]:
+    """name of `support.tiny.TINY` -> that checkpoint, saved by Transformers and loaded by iolite in float32."""
+    import torch
+    from support.tiny import save_reference
+
+    from iolite.checkpoint.folder import load_folder
+
+    @functools.cache
+    def load(name: str) -> Unified:
+        folder = save_reference(name, tmp_path_factory.mktemp(name))
+        _, model = load_folder(folder, dtype=torch.float32, device="cpu")
+        return model.eval().requires_grad_(False)
+
+    return load
