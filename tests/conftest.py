@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side; more threads only wait for each other
 
 if TYPE_CHECKING:
     from iolite.model.unified import Unified
 
 
 @pytest.fixture(scope="session")
-def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Unified]:
-    """name of `support.tiny.TINY` -> that checkpoint, saved by Transformers and loaded by iolite in float32."""
-    import torch
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name of `support.tiny.TINY` -> the folder of that checkpoint, as Transformers saves it."""
     from support.tiny import save_reference
+
+    @functools.cache
+    def save(name: str) -> Path:
+        return save_reference(name, tmp_path_factory.mktemp(name))
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_folder: Callable[[str], Path]) -> Callable[[str], Unified]:
+    """name of `support.tiny.TINY` -> iolite's model of that checkpoint, in float32."""
+    import torch
 
     from iolite.checkpoint.folder import load_folder
 
     @functools.cache
     def load(name: str) -> Unified:
-        folder = save_reference(name, tmp_path_factory.mktemp(name))
-        _, model = load_folder(folder, dtype=torch.float32, device="cpu")
+        _, model = load_folder(tiny_folder(name), dtype=torch.float32, device="cpu")
         return model.eval().requires_grad_(False)
 
     return load
