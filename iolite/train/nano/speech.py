@@ -34,10 +34,11 @@ _HELD_OUT_SHARE = 0.15
 
 # What is asked aloud about a picture, by what is wanted.
 SPOKEN_QUESTIONS: dict[str, tuple[str, ...]] = {
-    "colour": ("what colour is it", "what colour is this", "which colour is it", "what is the colour", "name the colour"),
-    "shape": ("what shape is it", "what shape is this", "which shape is it", "what is the shape", "name the shape"),
-    "number": ("what number is it", "what number is this", "which number is it", "what is the number", "read the number"),
-}  # fmt: skip
+    kind: tuple(
+        form.format(kind) for form in ("what {} is it", "what {} is this", "which {} is it", "what is the {}", last)
+    )
+    for kind, last in (("colour", "name the colour"), ("shape", "name the shape"), ("number", "read the number"))
+}
 
 
 @dataclass(frozen=True)
