@@ -14,28 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.oracle import (
-    Audio,
-    Image,
-    Piece,
-    Sample,
-    Text,
-    Video,
-    make_sample,
-    reference_batch,
-    reference_logits,
-)
+from support.compare import TOLERANCE, assert_near, our_logits, sample_for
+from support.oracle import Audio, Image, Piece, Text, Video, reference_batch, reference_logits
 from support.tiny import TINY, reference_model
-from torch import Tensor
 from transformers import Gemma4UnifiedForConditionalGeneration
 
 from iolite.checkpoint.folder import load_folder
 from iolite.config import RopeConfig
-from iolite.model.batch import PaddedBatch
 from iolite.model.norm import RMSNorm
 from iolite.model.unified import Unified
 
-TOLERANCE = 1e-4
 NARROW = TINY["narrow"].window
 Load = Callable[[str], Unified]
 Folder = Callable[[str], Path]
@@ -53,37 +41,10 @@ PIECES: dict[str, tuple[Piece, ...]] = {
 }
 
 
-def sample_for(name: str, *pieces: Piece, seed: int = 0) -> Sample:
-    """A prompt whose patches and frames have the named checkpoint's sizes."""
-    tiny = TINY[name]
-    side = tiny.patch[0] * tiny.patch[1]
-    return make_sample(*pieces, patch_dim=3 * side**2, samples_per_token=tiny.samples_per_token, seed=seed)
-
-
 def accepted(name: str, pieces: tuple[Piece, ...]) -> bool:
     tiny = TINY[name]
     kinds = {type(p) for p in pieces}
     return (tiny.vision or not kinds & {Image, Video}) and (tiny.audio or Audio not in kinds)
-
-
-@torch.no_grad()
-def our_logits(model: Unified, *samples: Sample) -> list[Tensor]:
-    batch = PaddedBatch.from_prompts(model.config.text, [s.prompt() for s in samples])
-    logits = model.logits(model(batch.ids, batch))
-    return [row[: len(s.ids)] for row, s in zip(logits, samples, strict=True)]
-
-
-def assert_near(ours: Tensor, reference: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Every position, every token of the vocabulary; the message names the worst."""
-    assert ours.shape == reference.shape
-    assert ours.dtype == torch.float32
-    error = (ours - reference).abs()
-    worst = int(error.argmax())
-    position, token = divmod(worst, ours.shape[-1])
-    assert error.max() <= tolerance, (
-        f"position {position}, token {token}: {ours[position, token]:.6f}, not {reference[position, token]:.6f}; "
-        f"{int((error.amax(-1) > tolerance).sum())} of {len(ours)} positions are off"
-    )
 
 
 @pytest.mark.parametrize(
@@ -186,6 +147,10 @@ MISTAKES: dict[str, Callable[[Unified], object]] = {
     "base of the sliding layers": lambda m: change_text(m, rope_sliding=RopeConfig(1e6)),
     "soft cap": lambda m: change_text(m, final_logit_softcapping=None),
 }
+
+
+def norms(model: Unified) -> list[RMSNorm]:
+    return [module for module in model.modules() if isinstance(module, RMSNorm)]
 
 
 def change_text(model: Unified, **changes: object) -> None:
