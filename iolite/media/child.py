@@ -11,6 +11,8 @@ process serves one request.
 
 from __future__ import annotations
 
+import errno
+import importlib
 import io
 import json
 import math
@@ -29,7 +31,7 @@ Message = tuple[dict[str, Any], Any]  # an array's header, and a buffer of its b
 # Formats that Pillow decodes by itself. Left out: EPS (starts Ghostscript), WMF (the system's GDI), FPX and MIC (OLE
 # containers), IPTC and PCD (no size check of their own), and BUFR, GRIB, HDF5 and MPEG, which it only identifies.
 IMAGE_FORMATS = [
-    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "ICNS", "MPO", "PPM", "TGA", "PSD"),
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "ICNS", "PPM", "TGA", "PSD"),
     *("BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "IM", "IMT", "MCIDAS", "MSP", "PCX", "PIXAR"),
     *("QOI", "SGI", "SPIDER", "SUN", "XBM", "XPM", "XVTHUMB"),
 ]
@@ -74,7 +76,8 @@ def decode_image(data: bytes, request: dict[str, Any]) -> Iterator[Message]:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # the check below comes before decoding too, and can say the size
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    with Image.open(io.BytesIO(data), formats=formats) as image:
         check_pixels(image.width, image.height, request["max_pixels"])
         Image.MAX_IMAGE_PIXELS = request["max_pixels"]  # for pictures within pictures: ICO, ICNS, DCX, ...
         image.load()
@@ -367,16 +370,14 @@ def main() -> None:
 
 
 def _import_decoders(kind: str) -> None:
-    """Before the fork, once; and all of it, because the fork can open no files."""
+    """Before the fork, once; also what they import late themselves, because the fork can open no files."""
     if kind == "image":
-        from PIL import Image, ImageCms
-
-        Image.init()
-        assert ImageCms
+        names = ["copy", *(f"PIL.Image{name}" for name in ("", "Cms", "Color", "File", "Filter", "Palette"))]
     else:
-        import av.subtitles.stream  # the one module that PyAV loads late, at a film with subtitles
-
-        assert av
+        names = ["av", "av.subtitles.stream"]
+    modules = [importlib.import_module(name) for name in names]
+    if kind == "image":
+        modules[1].init()  # all plugins
 
 
 def _confine(request: dict[str, Any]) -> None:
@@ -401,6 +402,8 @@ def _serve(request: dict[str, Any]) -> None:
         answer: dict[str, Any] = {"end": True}
     except Refused as refused:
         answer = {"refused": refused.code, **refused.values}
+    except OSError as error:
+        answer = {"refused": "files" if error.errno == errno.EMFILE else "unreadable"}
     except MemoryError:
         answer = {"refused": "memory"}
     except Exception:  # whatever else a decoder raises about foreign bytes means just this

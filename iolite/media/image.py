@@ -83,8 +83,8 @@ def resized_shape(height: int, width: int, *, max_soft_tokens: int, patch_size: 
     """The (height, width) in pixels to which a picture is resized: whole patches, at most `max_soft_tokens` of them.
 
     The aspect ratio is kept as far as whole patches allow, and small pictures grow. A picture so long and thin that
-    one side would be less than a patch gets one row (or column) of patches, as many as the longer side holds squares
-    of the shorter one. Source: `get_aspect_ratio_preserving_size` of Transformers 5.23.
+    one side would be less than a patch gets one row (or column) of patches, the whole budget long.
+    Source: `get_aspect_ratio_preserving_size` of Transformers 5.23.
     """
     assert min(height, width, max_soft_tokens) > 0
     scale = math.sqrt(max_soft_tokens * patch_size**2 / (height * width))
@@ -95,9 +95,9 @@ def resized_shape(height: int, width: int, *, max_soft_tokens: int, patch_size: 
         # Transformers refuses it; the JAX implementation takes one patch, and so do we.
         rows = columns = 1
     elif rows == 0:
-        rows, columns = 1, min(width // height, max_soft_tokens)
+        rows, columns = 1, max_soft_tokens
     elif columns == 0:
-        rows, columns = min(height // width, max_soft_tokens), 1
+        rows, columns = max_soft_tokens, 1
     return rows * patch_size, columns * patch_size
 
 

@@ -220,6 +220,7 @@ def media_error(kind: str, label: str, limits: Limits, code: str, values: dict[s
             f"needs more than {limits.max_decode_memory / 2**30:.1f} GiB of memory to decode",
             "scale it down, or save it in another format",
         ),
+        "files": ("refers to other files, which are not opened", "save it as one file"),
         "time": (
             f"takes longer than {limits.max_decode_seconds:.0f} s to decode",
             "give a smaller or shorter one",
