@@ -82,7 +82,7 @@ def load_folder(
     from iolite.model.unified import Unified
 
     folder = Path(path)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     stored = open_weights(folder)
     check_weights(config, stored)
     wanted = _torch_dtype(config.dtype if dtype is None else dtype)
@@ -129,6 +129,16 @@ def save_folder(
         _save_json(folder / "processor_config.json", processor.to_hf())
     dtype = str(state[names.EMBEDDING].dtype).removeprefix("torch.")
     _save_json(folder / "config.json", dataclasses.replace(config, dtype=dtype).to_hf())
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The folder's config.json; raises ConfigError for another architecture and CheckpointError for packed weights."""
+    config = ModelConfig.from_folder(folder)
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise CheckpointError(
+            f"{folder} holds quantised weights", f"iolite reads {', '.join(WEIGHT_FORMATS)} checkpoints"
+        )
+    return config
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:

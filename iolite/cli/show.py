@@ -1,0 +1,241 @@
+"""`iolite show`: what a model is and what it takes, from its config.json and the headers of its weights.
+
+Weights are neither loaded nor needed; torch is imported for `--system` only, which asks it for the devices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from iolite.cli.list import human_bytes
+from iolite.cli.terminal import put
+from iolite.config import ModelConfig, ProcessorConfig
+
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--system", is_flag=True, help="Also this machine: cores, memory, device and number format chosen.")
+def command(model: str | None, as_json: bool, system: bool) -> None:
+    """Describe MODEL (by default nano): its sizes, what it takes, its files and the memory it needs.
+
+    With --system and no MODEL, only this machine is described.
+    """
+    from iolite.checkpoint.folder import read_config
+    from iolite.checkpoint.hub import resolve
+
+    report: dict[str, Any] = {}
+    config = None
+    if model is not None or not system:
+        name = model or "nano"
+        folder = resolve(name)
+        config = read_config(folder)
+        report = describe(name, folder, config)
+    if system:
+        report["system"] = describe_system(config)
+    put(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else _text(report))
+
+
+def describe(name: str, folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Everything that config.json, processor_config.json and the file headers say, for JSON."""
+    text = config.text
+    full = sum(text.is_full(layer) for layer in range(text.num_hidden_layers))
+    return {
+        "model": name,
+        "path": str(folder),
+        "architecture": "gemma4_unified",
+        "modalities": list(config.modalities),
+        "context": text.max_position_embeddings,
+        "parameters": parameters(config),
+        "text": {
+            "layers": text.num_hidden_layers,
+            "sliding_layers": text.num_hidden_layers - full,
+            "full_layers": full,
+            "sliding_window": text.sliding_window,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "heads": text.num_attention_heads,
+            "sliding_kv_heads": text.num_key_value_heads,
+            "full_kv_heads": text.num_global_key_value_heads,
+            "head_dim": text.head_dim,
+            "full_head_dim": text.global_head_dim,
+            "vocabulary": text.vocab_size,
+            "tied_head": config.tie_word_embeddings,
+        },
+        "media": _media(config, ProcessorConfig.from_folder(folder, config)),
+        "weights": _weights(folder, config),
+        "kv_cache": kv_cache(config),
+        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
+    }
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """How many trained numbers each part has, and in all. `layer_scalar` is stored but not trained, so not counted."""
+    from iolite.checkpoint.names import expected_shapes, is_buffer, part
+
+    count: dict[str, int] = {}
+    for name, shape in expected_shapes(config).items():
+        if not is_buffer(name):
+            count[part(name)] = count.get(part(name), 0) + math.prod(shape)
+    return {"total": sum(count.values()), **count}
+
+
+def kv_cache(config: ModelConfig) -> dict[str, Any]:
+    """Bytes of keys and values in the checkpoint's own number format, for one sequence.
+
+    Full-attention layers keep every token; sliding layers keep one window, however long the context is. For the 12B:
+    16,384 bytes a token and 335.5 MB.
+    """
+    text, size = config.text, _VALUE_BYTES.get(config.dtype, 2)
+    growing = ring = 0
+    for layer in range(text.num_hidden_layers):
+        token = 2 * text.layer_kv_heads(layer) * text.layer_head_dim(layer) * size  # a key and a value
+        if text.is_full(layer):
+            growing += token
+        else:
+            ring += token * text.sliding_window
+    lengths = [n for n in (8_192, 32_768, 131_072) if n < text.max_position_embeddings]
+    lengths.append(text.max_position_embeddings)
+    return {
+        "dtype": config.dtype,
+        "bytes_per_token": growing,
+        "sliding_bytes": ring,
+        "bytes_at": {str(n): growing * n + ring * min(n, text.sliding_window) // text.sliding_window for n in lengths},
+    }
+
+
+def describe_system(config: ModelConfig | None) -> dict[str, Any]:
+    """This machine, and what iolite would compute with on it."""
+    import torch
+
+    from iolite.device import choose, physical_memory
+
+    choice = choose(
+        checkpoint_dtype=config.dtype if config else "bfloat16",
+        parameters=parameters(config)["total"] if config else None,
+    )
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": physical_memory(),
+        "device": str(choice.device),
+        "dtype": choice.dtype_name,
+        "reason": choice.reason,
+    }
+
+
+def _media(config: ModelConfig, processor: ProcessorConfig) -> dict[str, Any]:
+    media: dict[str, Any] = {}
+    if config.vision:
+        side = config.vision.model_patch_size
+        budgets = processor.image_budgets
+        media["image"] = {
+            "patch": side,
+            "tokens": processor.image_max_soft_tokens,
+            "budgets": list(budgets) if budgets else f"1 to {config.vision.mm_posemb_size}",
+        }
+        media["video"] = {"frames": processor.num_frames, "tokens_per_frame": processor.video_max_soft_tokens}
+    if config.audio:
+        media["audio"] = {
+            "sampling_rate": processor.sampling_rate,
+            "samples_per_token": processor.audio_samples_per_token,
+            "seconds_at_once": processor.audio_seq_length * processor.audio_samples_per_token / processor.sampling_rate,
+        }
+    return media
+
+
+def _weights(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """What is stored, checked against the config; without weight files, what would be."""
+    from iolite.checkpoint.folder import check_weights, open_weights
+    from iolite.checkpoint.hub import is_complete
+    from iolite.checkpoint.names import expected_shapes
+
+    if not is_complete(folder):
+        values = sum(math.prod(shape) for shape in expected_shapes(config).values())
+        return {"here": False, "dtype": config.dtype, "bytes": values * _VALUE_BYTES.get(config.dtype, 2)}
+    stored = open_weights(folder)
+    check_weights(config, stored)
+    formats = sorted({item.dtype for item in stored.values()})
+    size = sum(item.nbytes for item in stored.values())
+    return {"here": True, "dtype": "+".join(formats), "tensors": len(stored), "bytes": size}
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    """The report for people: one subject a line."""
+    rows: list[tuple[str, str]] = []
+    if "model" in report:
+        rows += _model_rows(report)
+    if "system" in report:
+        s = report["system"]
+        memory = human_bytes(s["memory_bytes"]) if s["memory_bytes"] else "unknown"
+        rows += [
+            ("machine", f"{s['cores']} cores ({s['usable_cores']} usable), {memory} of memory, {s['platform']}"),
+            ("software", f"Python {s['python']}, torch {s['torch']} with {s['threads']} threads"),
+            ("computes in", s["reason"]),
+        ]
+    return "".join(f"{label:<12}  {value}\n" for label, value in rows)
+
+
+def _model_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    t, p, w, kv = (report[key] for key in ("text", "parameters", "weights", "kv_cache"))
+    parts = ", ".join(f"{name} {count:,}" for name, count in p.items() if name != "total")
+    cache = ", ".join(f"{human_bytes(size)} at {int(n):,}" for n, size in kv["bytes_at"].items())
+    files = ", ".join(f"{name} ({human_bytes(size)})" for name, size in report["files"].items())
+    here = f"{w['tensors']} tensors" if w["here"] else "not here; the size they would have"
+    return [
+        ("model", report["model"]),
+        ("folder", report["path"]),
+        ("takes", ", ".join(report["modalities"])),
+        ("context", f"{report['context']:,} tokens"),
+        ("parameters", f"{p['total']:,}: {parts}"),
+        (
+            "layers",
+            f"{t['layers']}: {t['sliding_layers']} with a window of {t['sliding_window']:,}, "
+            f"{t['full_layers']} with full attention",
+        ),
+        (
+            "width",
+            f"{t['hidden_size']:,}, feed-forward {t['intermediate_size']:,}, {t['heads']} heads of "
+            f"{t['head_dim']} (full: {t['full_head_dim']}), {t['sliding_kv_heads']} key-value heads "
+            f"(full: {t['full_kv_heads']})",
+        ),
+        ("vocabulary", f"{t['vocabulary']:,}, {'tied' if t['tied_head'] else 'separate'} head"),
+        *_media_rows(report["media"]),
+        ("weights", f"{human_bytes(w['bytes'])} in {w['dtype']}, {here}"),
+        (
+            "KV cache",
+            f"{kv['bytes_per_token']:,} bytes a token + {human_bytes(kv['sliding_bytes'])} in {kv['dtype']}: {cache}",
+        ),
+        ("files", files),
+    ]
+
+
+def _media_rows(media: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if "image" in media:
+        i, v = media["image"], media["video"]
+        budgets = i["budgets"] if isinstance(i["budgets"], str) else ", ".join(map(str, i["budgets"]))
+        rows.append(
+            ("pictures", f"up to {i['tokens']} tokens of {i['patch']} x {i['patch']} pixels; allowed: {budgets}")
+        )
+        rows.append(("video", f"{v['frames']} frames of up to {v['tokens_per_frame']} tokens"))
+    if "audio" in media:
+        a = media["audio"]
+        each = 1000 * a["samples_per_token"] / a["sampling_rate"]
+        rows.append(("sound", f"{each:g} ms a token, {a['seconds_at_once']:g} s at once"))
+    return rows
