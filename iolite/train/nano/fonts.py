@@ -37,13 +37,13 @@ ENOUGH_DESIGNS = 40
 HELD_OUT_SHARE = 0.15
 DEBIAN_PACKAGES = (
     "fonts-adf-accanthis fonts-adf-baskervald fonts-adf-berenis fonts-adf-gillius fonts-adf-ikarius "
-    "fonts-adf-libris fonts-adf-mekanus fonts-adf-oldania fonts-adf-romande fonts-adf-switzera "
-    "fonts-adf-tribun fonts-adf-universalis fonts-adf-verana fonts-b612 fonts-cantarell fonts-comfortaa "
-    "fonts-courier-prime fonts-crosextra-caladea fonts-crosextra-carlito fonts-dejavu fonts-dosis "
-    "fonts-ebgaramond fonts-firacode fonts-freefont-ttf fonts-gfs-artemisia fonts-hack fonts-inconsolata "
-    "fonts-jetbrains-mono fonts-junction fonts-lato fonts-league-spartan fonts-liberation fonts-linuxlibertine "
-    "fonts-lmodern fonts-lobstertwo fonts-noto-core fonts-open-sans fonts-quicksand fonts-roboto "
-    "fonts-sil-andika fonts-sil-charis fonts-sil-gentium fonts-texgyre fonts-ubuntu fonts-urw-base35"
+    "fonts-adf-libris fonts-adf-mekanus fonts-adf-romande fonts-adf-switzera fonts-adf-tribun "
+    "fonts-adf-universalis fonts-adf-verana fonts-b612 fonts-cantarell fonts-comfortaa fonts-courier-prime "
+    "fonts-croscore fonts-crosextra-caladea fonts-crosextra-carlito fonts-dejavu fonts-dosis fonts-ebgaramond "
+    "fonts-firacode fonts-freefont-ttf fonts-hack fonts-inconsolata fonts-jetbrains-mono fonts-junction "
+    "fonts-lato fonts-league-spartan fonts-liberation2 fonts-linuxlibertine fonts-lmodern fonts-lobstertwo "
+    "fonts-noto-core fonts-open-sans fonts-play fonts-quicksand fonts-roboto-slab fonts-roboto-unhinted "
+    "fonts-sil-andika fonts-sil-charis fonts-sil-gentium fonts-texgyre fonts-urw-base35"
 )
 
 # Words of a family name that tell a weight, a width or an edition, not a design.
