@@ -71,9 +71,11 @@ class SamplingParams:
             raise UsageError(f"unknown generation setting {sorted(unknown)[0]!r}", f"there are: {known}")
         asked = {name: value for name, value in asked.items() if value is not None}
         if "stop" in asked:
-            asked["stop"] = (asked["stop"],) if isinstance(asked["stop"], str) else tuple(asked["stop"])
+            asked["stop"] = _strings(asked["stop"])
         if "logit_bias" in asked:
-            asked["logit_bias"] = {_token_id(i): value for i, value in dict(asked["logit_bias"]).items()}
+            if not isinstance(asked["logit_bias"], Mapping):
+                raise UsageError("logit_bias is not an object", "it maps token ids to what is added to their logits")
+            asked["logit_bias"] = {_token_id(i): value for i, value in asked["logit_bias"].items()}
         base = cls(
             temperature=defaults.temperature if defaults.do_sample else 0.0,
             top_k=defaults.top_k,
@@ -82,6 +84,14 @@ class SamplingParams:
             stop_ids=frozenset(defaults.eos_token_ids),
         )
         return replace(base, **asked)
+
+
+def _strings(stop: Any) -> tuple[str, ...]:
+    if isinstance(stop, str):
+        return (stop,)
+    if not isinstance(stop, Sequence):
+        raise UsageError(f"stop is {stop!r}", "give one string or a list of strings")
+    return tuple(stop)
 
 
 def _token_id(key: Any) -> int:

@@ -1,0 +1,75 @@
+"""Flags that several commands take, spelled as people know them from other engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from iolite.cli.attachments import kind_of
+
+if TYPE_CHECKING:
+    from iolite.generate.model import Model
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SAMPLING = (
+    click.option("-n", "--max-tokens", type=int, default=2048, show_default=True, help="Longest answer, in tokens."),
+    click.option("--temp", "--temperature", "temperature", type=float, help="0 always takes the likeliest token."),
+    click.option("--top-p", type=float, help="Draw from the likeliest tokens that make up this probability."),
+    click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens; 0: from all."),
+    click.option("--min-p", type=float, help="Leave out what is less likely than this times the likeliest."),
+    click.option(
+        "--repeat-penalty", "--repetition-penalty", "repetition_penalty", type=float, help="Above 1: repeat less."
+    ),
+    click.option("--seed", type=int, help="Same seed, same answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. May be repeated."),
+)
+LOADING = (
+    click.option("-c", "--ctx-size", "context", type=int, help="Tokens of prompt and answer together."),
+    click.option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads to compute with."),
+    click.option("--device", help="cpu, cuda, cuda:N or mps; by default the fastest there is."),
+    click.option("--dtype", help="float32, bfloat16 or float16; by default what suits model and device."),
+)
+IMAGE_TOKENS = click.option(
+    "--image-max-tokens", "--image-tokens", "image_tokens", type=int, help="Budget of one picture, in tokens."
+)
+THINKING = click.option("--thinking/--no-thinking", default=False, help="Let the model think before it answers.")
+SYSTEM = click.option("--system", metavar="TEXT", help="System prompt.")
+VERBOSE = click.option("--verbose", is_flag=True, help="Print load time and tokens per second to stderr.")
+
+
+def add(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator from several; the help lists them in this order."""
+
+    def decorate(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def looks_like_model(word: str) -> bool:
+    """Whether a word on the command line means a model: "nano", a model folder, or OWNER/NAME as on Hugging Face."""
+    if word == "nano" or (Path(word) / "config.json").is_file() or word.lower().endswith(".gguf"):
+        return True
+    from iolite.checkpoint.hub import is_id
+
+    return is_id(word) and not kind_of(word) and not Path(word).exists()
+
+
+def load_model(name: str, threads: int | None, **settings: Any) -> Model:
+    """`iolite.load`, with a spinner on the terminal while it works."""
+    from iolite.cli.terminal import working
+
+    with working(f"Loading {name}"):
+        import torch
+
+        from iolite.generate.model import load
+
+        if threads:
+            torch.set_num_threads(threads)
+        return load(name, **settings)
