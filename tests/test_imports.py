@@ -48,6 +48,64 @@ def imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 
 
 def parts_imported(file: Path) -> set[str]:
+    names = [name.split(".") for _, name in imports(ast.parse(file.read_text(encoding="utf-8")))]
+    return {name[1] for name in names if name[0] == "iolite" and len(name) > 1} - {"__version__"}
+
+
+def imports_torch(tree: ast.AST) -> bool:
+    return any(name.split(".")[0] in ("torch", "torchvision") for _, name in imports(tree))
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_lower_never_imports_upper(file: Path) -> None:
+    own = part_of(file)
+    upper = {part for part in parts_imported(file) if LEVEL[part] > LEVEL[own]}
+    assert not upper, f"{relative(file)} is in {own!r} and imports {sorted(upper)}, which stand above it"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part_of(f) == "model"], ids=relative)
+def test_the_model_does_not_know_what_changes_it(file: Path) -> None:
+    assert not parts_imported(file) & {"quant", "train"}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part_of(f) not in ("cli", "server")], ids=relative)
+def test_nothing_imports_the_surface(file: Path) -> None:
+    assert not parts_imported(file) & {"cli", "server"}
+
+
+WITHOUT_TORCH = ("config.py", "errors.py", "messages.py", "engine/scheduler.py")
+NO_TORCH = [f for f in FILES if part_of(f) == "text" or relative(f) in WITHOUT_TORCH]
+
+
+@pytest.mark.parametrize("file", NO_TORCH, ids=relative)
+def test_text_and_scheduler_never_import_torch(file: Path) -> None:
+    assert not imports_torch(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def test_media_import_torch_in_one_function_only() -> None:
+    found = []
+    for file in (f for f in FILES if part_of(f) == "media"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and imports_torch(node)]
+        found += [f"{relative(file)}: {function.name}" for function in functions]
+        inside = {id(node) for function in functions for node in ast.walk(function)}
+        outside = [n for node, n in imports(tree) if id(node) not in inside and n.split(".")[0] == "torch"]
+        assert not outside, f"{relative(file)} imports torch outside a function"
+    assert len(found) == 1, found
+    assert "resize" in found[0]
+
+
+def module_name(file: Path) -> str:
+    return ".".join(("iolite", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_light_modules_load_without_torch() -> None:
+    """What a command's help, a tokenizer or a decoder needs starts without the seconds that torch takes."""
+    light = [module_name(f) for f in FILES if f in NO_TORCH or part_of(f) == "media"]
     names = ["iolite", "iolite.cli", *light]
     code = (
         f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
