@@ -1,0 +1,218 @@
+"""The chat template: rendered cases of the family, the grammar between them, and templates that mean harm."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from iolite.errors import CheckpointError, MessageError
+from iolite.text.template import MAX_SOURCE, ChatTemplate
+
+ROOT = Path(__file__).parents[2]
+CASES = json.loads((ROOT / "tests/data/chat_cases.json").read_text(encoding="utf-8"))
+CALL = {"id": "7", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [True, None, "x"]}}}
+CALL_TEXT = '<|tool_call>call:add{a:1,b:[true,null,<|"|>x<|"|>]}<tool_call|>'
+EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
+
+
+@pytest.fixture(scope="module")
+def template():
+    return ChatTemplate.from_folder(ROOT / "iolite/nano")
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reproduces_case(template, name):
+    arguments = dict(CASES[name]["input"])
+    messages, expected = arguments.pop("messages"), CASES[name]["rendered"]
+    arguments["thinking"] = arguments.pop("enable_thinking", False)
+    if not expected.startswith("ERROR"):
+        assert template.render(messages, **arguments) == expected
+        return
+    kind, reason = expected.removeprefix("ERROR ").split(": ", 1)
+    with pytest.raises(MessageError) as caught:
+        template.render(messages, **arguments)
+    assert type(caught.value.__cause__).__name__ == kind
+    assert reason.removeprefix("chat_template: ") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "expected"),
+    [
+        pytest.param(
+            [assistant("x"), assistant("y")],
+            {"add_generation_prompt": False},
+            "<|turn>model\nxy<turn|>\n",
+            id="one turn",
+        ),
+        pytest.param(
+            [user("a"), assistant("<|channel>thought\nR<channel|> x "), user("b")],
+            {},
+            "<|turn>user\na<turn|>\n<|turn>model\nx<turn|>\n<|turn>user\nb<turn|>\n<|turn>model\n" + EMPTY_THOUGHT,
+            id="thoughts in contents are dropped",
+        ),
+        pytest.param(
+            [
+                {"role": "developer", "content": [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}]},
+                user("c"),
+            ],
+            {"thinking": True},
+            "<|turn>system\n<|think|>\na b <turn|>\n<|turn>user\nc<turn|>\n<|turn>model\n",
+            id="parts of a system message",
+        ),
+        pytest.param(
+            [user("a"), {"role": "system", "content": " b "}],
+            {"add_generation_prompt": False},
+            "<|turn>user\na<turn|>\n<|turn>system\nb<turn|>\n",
+            id="later system message",
+        ),
+        pytest.param(
+            [
+                user("a"),
+                assistant(None, tool_calls=[CALL], reasoning="R"),
+                {"role": "tool", "tool_call_id": "7", "content": "1"},
+                assistant("done"),
+                user("b"),
+            ],
+            {"preserve_thinking": True, "add_generation_prompt": False},
+            f"<|turn>user\na<turn|>\n<|turn>model\n<|channel>thought\nR\n<channel|>{CALL_TEXT}"
+            '<|tool_response>response:add{value:<|"|>1<|"|>}<tool_response|>done<turn|>\n<|turn>user\nb<turn|>\n',
+            id="a kept thought of a tool call",
+        ),
+        pytest.param(
+            [
+                user("a"),
+                assistant(None, tool_calls=[CALL, CALL]),
+                {"role": "tool", "content": [{"type": "text", "text": "see"}, {"type": "image"}]},
+            ],
+            {},
+            f'<|turn>user\na<turn|>\n<|turn>model\n{CALL_TEXT}{CALL_TEXT}<|tool_response>response:unknown{{value:<|"|>see<|"|>}}'
+            "<tool_response|><|image|>",
+            id="a result of parts, name unknown",
+        ),
+        pytest.param(
+            [
+                user("a"),
+                assistant(None, tool_calls=[CALL], tool_responses=[{"name": "add", "response": {"b": "y", "A": 2}}]),
+            ],
+            {"thinking": True},
+            f"<|turn>system\n<|think|>\n<turn|>\n<|turn>user\na<turn|>\n<|turn>model\n{CALL_TEXT}<|tool_response>"
+            'response:add{A:2,b:<|"|>y<|"|>}<tool_response|><|channel>thought\n',
+            id="a result inside the message",
+        ),
+    ],
+)
+def test_grammar(template, messages, options, expected):
+    assert template.render(messages, **options) == "<bos>" + expected
+
+
+def test_declaration_of_nested_items(template):
+    items = {"type": "object", "properties": {"k": {"type": "number"}}, "required": ["k"], "title": {"z": 1}}
+    parameters = {"type": "object", "properties": {"list": {"type": "array", "items": items}, "o": {"type": "object"}}}
+    tools = [{"type": "function", "function": {"name": "f", "description": "D", "parameters": parameters}}]
+    text = template.render([user("a")], tools=tools, add_generation_prompt=False)
+    assert text == (
+        '<bos><|turn>system\n<|tool>declaration:f{description:<|"|>D<|"|>,parameters:{properties:{list:{items:{'
+        'properties:{k:{type:<|"|>NUMBER<|"|>}},required:[<|"|>k<|"|>],title:{<|"|>z<|"|>:1},type:<|"|>OBJECT<|"|>},'
+        'type:<|"|>ARRAY<|"|>},o:{properties:{},type:<|"|>OBJECT<|"|>}},type:<|"|>OBJECT<|"|>}}<tool|><turn|>\n'
+        "<|turn>user\na<turn|>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [user([{"type": "smell"}])],
+        [user("a"), {"role": "tool", "content": "nobody asked"}],
+        [user([3])],
+        [user("a"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": [1]}}])],
+    ],
+)
+def test_wrong_messages_are_named(template, messages):
+    with pytest.raises(MessageError):
+        template.render(messages)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(999999999) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+        "{% for i in [1] recursive %}{{ loop([1, 1]) if loop.depth < 60 }}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "{% set x %}{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}{% endset %}",
+        "{{ 'x' * 9999999999 }}",
+        "{{ 'x' * 999999 * 999999 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ '%09999999999d' % 1 }}",
+        "{{ '%*d'|format(9999999999, 1) }}",
+        "{{ 'x'.ljust(9999999999) }}",
+        "{{ '{:9999999999}'.format('x') }}",
+        "{{ '{:{}}'.format('x', '9999999999') }}",
+        "{{ '{x:{w}}'.format_map({'x': 'x', 'w': 9999999999}) }}",
+        "{{ 'x'|center(9999999999) }}",
+        "{{ 'x\\ny'|indent(9999999999) }}",
+        "{{ messages|tojson(indent=9999999999) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_hostile_template_is_stopped(source):
+    template = ChatTemplate(source)
+    with pytest.raises((CheckpointError, MessageError)):
+        template.render([user("a")])
+
+
+@pytest.mark.parametrize("source", ["{% for %}", "{{ 'x'|no_such_filter }}", "{#" + "x" * MAX_SOURCE + "#}"])
+def test_unusable_template(source):
+    with pytest.raises(CheckpointError):
+        ChatTemplate(source)
+
+
+def test_environment():
+    source = (
+        "{% for m in messages %}\n    {% if m.role == 'skip' %}\n        {% continue %}\n    {% endif %}\n"
+        "{{ loop.index }}/{{ loop.length }} {{ m.content | tojson }}\n{% break %}\n{% endfor %}\n{{ '%02d' % 3 }}"
+    )
+    text = ChatTemplate(source).render([{"role": "skip"}, user("<é>"), user("b")])
+    assert text == '2/3 "<é>"\n03'
+    with pytest.raises(MessageError, match="no way"):
+        ChatTemplate("{{ raise_exception('no way') }}").render([user("a")])
+
+
+def test_where_a_template_is_found(tmp_path):
+    with pytest.raises(CheckpointError, match="no chat template"):
+        ChatTemplate.from_folder(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "C"}')
+    assert ChatTemplate.from_folder(tmp_path).source == "C"
+    named = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert ChatTemplate.from_folder(tmp_path).source == "B"
+    (tmp_path / "chat_template.jinja").write_text("A")
+    assert ChatTemplate.from_folder(tmp_path).source == "A"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="UTF-8"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+def test_long_conversation_stays_in_budget(template):
+    turns = [
+        user("a"),
+        assistant(None, tool_calls=[CALL]),
+        {"role": "tool", "tool_call_id": "7", "content": "x" * 2000},
+    ]
+    assert len(template.render(turns * 400)) > 800_000

@@ -1,0 +1,74 @@
+"""Strings <-> ids: special tokens, bytes, and files that are no tokenizer of the family."""
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models
+
+from iolite.errors import CheckpointError, MessageError
+from iolite.text.tokenizer import Tokenizer
+from iolite.train.nano.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["Which shape is it? It is a red circle."] * 20, 500, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_folder(folder)
+
+
+def test_special_tokens_are_neither_added_nor_hidden(tokenizer):
+    ids = tokenizer.encode("<bos><|turn>user")
+    assert ids[:2] == [tokenizer.token_id("<bos>"), tokenizer.token_id("<|turn>")]
+    assert tokenizer.decode(ids) == "<bos><|turn>user"
+    assert tokenizer.encode("") == []
+
+
+@settings(max_examples=100)
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁")))
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_decodes_as_the_library_does(folder, tokenizer):
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [*range(tokenizer.vocab_size)]
+    broken = [i for i in ids if not tokenizer.token_bytes(i).isascii()]  # of bytes alone, which are no UTF-8
+    whole = [i for i in ids if i not in set(broken)]
+    assert tokenizer.decode(whole) == library.decode(whole, skip_special_tokens=False)
+
+
+def test_bytes_that_are_no_text(tokenizer):
+    ids = [tokenizer.token_id(t) for t in ("<0xC3>", "<|turn>", "<0xE2>", "<0x82>", "a", "<0xC3>", "<0xA9>")]
+    assert tokenizer.decode(ids) == "\ufffd<|turn>\ufffda\u00e9"
+
+
+def test_unknown_ids_and_tokens(tokenizer):
+    assert tokenizer.token_id("no such token") is None
+    assert tokenizer.id_to_token(tokenizer.vocab_size) is None
+    assert tokenizer.id_to_token(-1) is None
+    assert tokenizer.decode([tokenizer.vocab_size + 5, -1]) == ""
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(MessageError, match="character 1"):
+        tokenizer.encode("a\ud800")
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(CheckpointError, match="missing"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match="not a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    other = tokenizers.Tokenizer(models.BPE())
+    other.decoder = decoders.ByteLevel()
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="ByteLevel"):
+        Tokenizer.from_folder(tmp_path)
