@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.compare import TOLERANCE, assert_near, our_logits, sample_for
 from support.oracle import Audio, Image, Piece, Sample, Text, Video, reference_logits
 from support.tiny import TINY, reference_model
@@ -241,3 +243,31 @@ def test_pictures_look_both_ways_and_nothing_else_does(load_tiny: Load) -> None:
         first = placed.start if two_way else placed.start + placed.length - 1
         assert not any(moved[:first])
         assert all(moved[first : placed.start + placed.length])
+
+
+TEXTS = st.builds(Text, st.integers(0, 2 * NARROW + 2))
+PICTURES = st.builds(Image, st.integers(1, 2 * NARROW + 2), st.integers(1, 2))
+VIDEOS = st.builds(Video, st.integers(1, 3), st.integers(1, NARROW + 1))
+SOUNDS = st.builds(Audio, st.integers(1, 2 * NARROW + 2))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    pieces=st.lists(st.one_of(TEXTS, PICTURES, VIDEOS, SOUNDS), max_size=6),
+    chunk_size=st.integers(1, 4 * NARROW),
+    answer=st.integers(1, 2 * NARROW),
+    seed=st.integers(0, 1000),
+)
+def test_any_prompt_in_any_chunks(
+    load_tiny: Load, pieces: list[Piece], chunk_size: int, answer: int, seed: int
+) -> None:
+    model = load_tiny("narrow")
+    sample = sample_for("narrow", *pieces, Text(answer), seed=seed)
+    split = len(sample.ids) - answer
+    cache = KVCache(model.config.text)
+    ours = torch.cat(
+        (run_prefill(model, head(sample, split), cache, chunk_size), one_by_one(model, cache, sample.ids[split:]))
+    )
+    reference = reference_logits(reference_model("narrow"), sample)
+    assert_near(ours, reference)
+    assert_near(our_logits(model, sample)[0], reference)
