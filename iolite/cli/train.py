@@ -1,0 +1,53 @@
+"""`iolite train nano`: make the embedded model, from nothing, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def command() -> None:
+    """Train a model."""
+
+
+@command.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the run.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=110.0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--store", type=click.Path(path_type=Path, file_okay=False), help="Glyphs and clips; default OUT/store.")
+@click.option("--processes", type=click.IntRange(1, 64), default=2, show_default=True, help="Of one thread each.")
+@click.option("--rows", type=click.IntRange(min=1), default=48, show_default=True, help="Samples of a step.")
+@click.option("--fresh", type=click.FloatRange(0, 1), default=1.0, help="Share of new samples; others are seen again.")
+@click.option("--seed", type=int, default=0)
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, help="torch.compile the layers (needs a C++ compiler)."
+)
+@click.option("--evaluate-every", type=float, default=180.0, show_default=True, help="Seconds.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps.")
+def nano(
+    out: Path,
+    minutes: float,
+    resume: bool,
+    store: Path | None,
+    processes: int,
+    rows: int,
+    fresh: float,
+    seed: int,
+    compiled: bool,
+    evaluate_every: float,
+    max_steps: int | None,
+) -> None:
+    """Train iolite-nano and write it to OUT/model.
+
+    OUT/log.jsonl and OUT/curves.png show how it goes. OUT/mixture.json, if there, re-weights the tasks while it runs.
+    """
+    from iolite.train.nano.recipe import Run, export, train
+    from iolite.train.trainer import Settings
+
+    settings = Settings(minutes=minutes, compile=compiled, evaluate_every=evaluate_every, max_steps=max_steps)
+    run = Run(out, store or out / "store", settings, rows, processes, resume, seed, fresh)
+    train(run, lambda line: click.echo(line, err=True))
+    export(out, out / "model", averaged=False)
+    click.echo(str(out / "model"))
