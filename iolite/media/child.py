@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -189,7 +189,8 @@ def _check_wav(data: bytes) -> None:
         place += size + size % 2
 
 
-def _sound(container: av.container.InputContainer, max_seconds: float) -> Iterator[Message]:
+def _sound(container: av.container.InputContainer, max_seconds: float) -> Generator[Message, None, float]:
+    """The first sound track; returns its seconds."""
     stream = container.streams.audio[0]
     names = set(container.format.name.split(","))
     told = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
@@ -209,6 +210,7 @@ def _sound(container: av.container.InputContainer, max_seconds: float) -> Iterat
         yield {"shape": [len(frame.planes), samples], "dtype": "float32", "track": "sound"}, planes
     if names & EXACT_LENGTH and count / RATE < told - SLACK:
         raise Refused("short", seconds=count / RATE)
+    return count / RATE
 
 
 def _resampled(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
@@ -258,8 +260,12 @@ def decode_video(data: bytes, request: dict[str, Any]) -> Iterator[Message]:
                 memoryview(plane)[: rgb.height * plane.line_size],
             )
     with open_container(data, request) as container:
+        end = times[-1]
         if container.streams.audio:
-            yield from _sound(container, request["max_audio_seconds"])
+            end = max(end, (yield from _sound(container, request["max_audio_seconds"])))
+        exact = set(container.format.name.split(",")) & EXACT_LENGTH
+        if exact and container.duration and end < container.duration / 1_000_000 - SLACK - 2 / fps:
+            raise Refused("short", seconds=end)
 
 
 def _picture_track(container: av.container.InputContainer) -> av.VideoStream:
@@ -315,7 +321,7 @@ def _times(pts: list[int | None], time_base: float, fps: float) -> list[float]:
     if pts[0] is None or not time_base:
         return even
     shown = [(stamp - pts[0]) * time_base for stamp in pts]  # type: ignore[operator]
-    return [e if abs(s - e) < 0.5 / fps else s for s, e in zip(shown, even, strict=True)]
+    return [e if abs(s - e) < 1.5 / fps else s for s, e in zip(shown, even, strict=True)]
 
 
 def _frames(

@@ -57,7 +57,7 @@ class _Child:
     def answer(self) -> dict[str, Any]:
         """The next header; ValueError or EOFError when there is none of the right form."""
         line = self.stdout.readline(_MAX_HEADER)
-        if not line.endswith(b"\n"):
+        if not line:
             raise EOFError
         header = json.loads(line)
         if not isinstance(header, dict):
@@ -123,8 +123,10 @@ def decode(
             yield header, array
         refused = header if "refused" in header else None
         sound = True
-    except (EOFError, OSError, ValueError, KeyError, TypeError):
+    except (EOFError, OSError):
         refused = {"refused": _cause_of_death(child)}
+    except (ValueError, KeyError, TypeError):  # an answer that is not of the agreed form
+        refused = {"refused": "time" if child.killed else "unreadable"}
     finally:
         timer.cancel()
         _give_back(child) if sound and not child.killed else child.close()
@@ -136,7 +138,7 @@ def _cause_of_death(child: _Child) -> str:
     if child.killed:
         return "time"
     try:
-        code = child.process.wait(timeout=5)  # it has closed its end of the pipe, or says things we do not understand
+        code = child.process.wait(timeout=5)  # it has closed its end of the pipe, so it is ending
     except subprocess.TimeoutExpired:
         return "unreadable"
     return "time" if code == getattr(signal, "SIGXCPU", None) else "unreadable"

@@ -1,12 +1,10 @@
-"""What media tests share: Transformers' processors as the reference, and an encoder of sounds."""
+"""Transformers' processors for pictures, sound and video, as the reference of the media tests."""
 
 from __future__ import annotations
 
-import io
 import types
 import warnings
 
-import numpy as np
 import pytest
 
 
@@ -41,22 +39,3 @@ def reference() -> types.SimpleNamespace:
         video=video.Gemma4UnifiedVideoProcessor,
         audio=audio.Gemma4UnifiedAudioFeatureExtractor,
     )
-
-
-def tone(rate: int, seconds: float, channels: int = 1, hertz: float = 440.0) -> np.ndarray:
-    """A sine of amplitude 0.5, float32 [channels, samples], the same in all channels."""
-    t = np.arange(round(rate * seconds)) / rate
-    return np.tile((0.5 * np.sin(2 * np.pi * hertz * t)).astype(np.float32), (channels, 1))
-
-
-def encode_audio(samples: np.ndarray, rate: int, container: str, codec: str, layout: str) -> bytes:
-    """float32 [channels, samples] as a file, through PyAV."""
-    import av
-
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate, layout=layout)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-        frame.sample_rate, frame.pts = rate, 0
-        output.mux([*stream.encode(frame), *stream.encode(None)])
-    return buffer.getvalue()
