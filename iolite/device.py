@@ -80,7 +80,7 @@ def _device(name: str | None) -> torch.device:
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:
     chosen = DTYPES.get(name) if isinstance(name, str) else name
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise UsageError(f"cannot compute in {name!r}", "use float32, bfloat16 or float16")
     return chosen
 

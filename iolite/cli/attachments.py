@@ -7,6 +7,7 @@ understood. One path at an end of the text is taken out of it; any other is repl
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def attach(kind: str, path: str) -> Attachment:
     if re.match(r"(data|https?|file):", path):
         return Attachment(kind, path)  # not a path: `read_source` knows what it is
     where = Path(path).expanduser()
-    if not where.is_file():
+    if not os.path.isfile(where):  # unlike Path.is_file, it never raises, however long the name
         raise _missing(kind, path)
     return Attachment(kind, str(where.absolute()))
 
@@ -86,7 +87,7 @@ def _existing(match: re.Match[str]) -> Attachment | None:
     kind = kind_of(path)
     assert kind is not None
     where = Path(path).expanduser()
-    if where.is_file():
+    if os.path.isfile(where):
         return Attachment(kind, str(where.absolute()))
     if path.startswith(("/", "./", "../", "~")) or ("/" in path and match["bare"]):
         raise _missing(kind, path)

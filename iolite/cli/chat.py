@@ -93,7 +93,7 @@ class Chat:
         word, _, rest = line.partition(" ")
         action = COMMANDS.get(word)
         if action is None:
-            if not line.startswith("/") or "/" in word[1:] or Path(word).exists():
+            if not line.startswith("/") or "/" in word[1:] or os.path.exists(word):
                 return False
             near = difflib.get_close_matches(word, COMMANDS, n=1)
             raise UsageError(f"there is no command {word!r}", f"did you mean {near[0]}?" if near else "see /help")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -54,11 +54,11 @@ def add(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
 
 def looks_like_model(word: str) -> bool:
     """Whether a word on the command line means a model: "nano", a model folder, or OWNER/NAME as on Hugging Face."""
-    if word == "nano" or (Path(word) / "config.json").is_file() or word.lower().endswith(".gguf"):
+    if word == "nano" or os.path.isfile(os.path.join(word, "config.json")) or word.lower().endswith(".gguf"):
         return True
     from iolite.checkpoint.hub import is_id
 
-    return is_id(word) and not kind_of(word) and not Path(word).exists()
+    return is_id(word) and not kind_of(word) and not os.path.exists(word)
 
 
 def load_model(name: str, threads: int | None, **settings: Any) -> Model:

@@ -47,11 +47,17 @@ def advance(network: Unified, token: int, cache: KVCache) -> Tensor:
     return hidden
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prompt_logits(network: Unified, prompt: Prompt) -> Tensor:
     """Float32 scores [len(prompt.ids), V] of the token after each position, by the passes that generation makes."""
     cache = KVCache(network.config.text, len(prompt.ids))
-    return torch.cat([network.logits(hidden) for hidden in prefill(network, prompt, cache)])
+    device = network.language_model.embed_tokens.weight.device
+    # Made outside inference mode, so that the caller may do with it as with any tensor.
+    scores, done = torch.empty(len(prompt.ids), network.config.text.vocab_size, device=device), 0
+    for hidden in prefill(network, prompt, cache):
+        scores[done : done + len(hidden)] = network.logits(hidden)
+        done += len(hidden)
+    return scores
 
 
 @dataclass(frozen=True)

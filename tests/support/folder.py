@@ -17,7 +17,7 @@ _WORDS = "the red circle is a blue square and what number do you see in the pict
 
 def random_folder(folder: Path) -> Path:
     """Writes the folder and returns it."""
-    train_tokenizer([_WORDS] * 3, 400, folder)
+    train_tokenizer([_WORDS] * 3, 800, folder)
     config = nano_config(Tokenizer.from_folder(folder))
     model = Unified(config)
     initialise_(model)

@@ -1,0 +1,286 @@
+"""The public Python interface: `load` a model, then `chat` with it, or use its parts.
+
+    import iolite
+    model = iolite.load("nano")
+    reply = model.chat([{"role": "user", "content": [{"type": "image", "image": "a.png"},
+                                                     {"type": "text", "text": "Which shape is it?"}]}])
+    print(reply.text)
+
+`chat` answers messages; `render`, `prompt`, `logits` and `generate` are its steps, from text to ids to tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from iolite.checkpoint.folder import load_folder
+from iolite.checkpoint.hub import resolve
+from iolite.checkpoint.names import expected_shapes
+from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
+from iolite.device import Choice, choose
+from iolite.errors import UsageError
+from iolite.generate.loop import Decoding, Progress, StopStrings, check_fits, prompt_logits
+from iolite.generate.reply import Reply
+from iolite.generate.sampling import SamplingParams
+from iolite.generate.stream import ReplyStream
+from iolite.model.unified import Unified
+from iolite.prompt import Prompt, PromptBuilder
+from iolite.text.stream import TokenStream
+from iolite.text.template import ChatTemplate
+from iolite.text.tokenizer import Tokenizer
+
+Messages = str | Sequence[Mapping[str, Any]]
+"""One user message as a string, or a list of messages in OpenAI's or Transformers' shape."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One drawn token: its id, the text that became certain with it, and why it is the last (None: it is not).
+
+    text lags behind the ids while half a character or the beginning of a stop string is held back; the text of an
+    end token is empty, every other special token is spelled out.
+    """
+
+    id: int
+    text: str
+    finish_reason: str | None = None
+
+
+def load(
+    path: str | os.PathLike[str] = "nano",
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    quantize: str | None = None,
+    drafter: str | None = None,
+    kv: str = "auto",
+    context: int | None = None,
+) -> Model:
+    """A model, ready to answer, from "nano", a folder or a Hugging Face id whose files are on this machine.
+
+    dtype and device are chosen when not given (`model.choice.reason` says why). context limits prompt and answer
+    together; by default it is all that the model was made for. Raises DownloadError when the model is not here,
+    CheckpointError when its files are wrong, UsageError for a setting that is not available.
+    """
+    begin = time.perf_counter()
+    _refuse("quantize", quantize)
+    _refuse("drafter", drafter)
+    folder = resolve(os.fspath(path))
+    config = ModelConfig.from_folder(folder)
+    limit = config.text.max_position_embeddings
+    if context is not None and not 1 < context <= limit:
+        raise UsageError(f"the context of {context} tokens is not possible", f"this model takes 2 to {limit}")
+    parameters = sum(_product(shape) for shape in expected_shapes(config).values())
+    choice = choose(device, dtype, config.dtype, parameters)
+    _check_kv(kv, choice)
+    config, network = load_folder(folder, dtype=choice.dtype, device=choice.device)
+    return Model(
+        name=str(path),
+        folder=folder,
+        network=network.eval().requires_grad_(False),
+        choice=choice,
+        builder=PromptBuilder(
+            Tokenizer.from_folder(folder),
+            ChatTemplate.from_folder(folder),
+            config,
+            ProcessorConfig.from_folder(folder, config),
+        ),
+        defaults=GenerationConfig.from_folder(folder, config),
+        context=context or limit,
+        load_seconds=time.perf_counter() - begin,
+    )
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _refuse(name: str, value: str | None) -> None:
+    if value is not None:
+        raise UsageError(f"{name}={value!r} is not available in this version", f"leave {name} out")
+
+
+def _check_kv(kv: str, choice: Choice) -> None:
+    """The cache holds the format that is computed in; asking for just that is fine, for another is refused."""
+    if kv not in ("auto", "bf16", "float32", "int8"):
+        raise UsageError(f"there is no kv format {kv!r}", "there are auto, bf16, float32 and int8")
+    stored = {"bf16": torch.bfloat16, "float32": torch.float32}.get(kv)
+    if kv != "auto" and stored != choice.dtype:
+        raise UsageError(
+            f"kv={kv!r} is not available in this version while computing in {choice.dtype_name}",
+            'use kv="auto", which stores keys and values in the format that is computed in',
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model with its tokenizer, template and settings. Made by `load`."""
+
+    name: str
+    folder: Path
+    network: Unified
+    choice: Choice
+    builder: PromptBuilder
+    defaults: GenerationConfig
+    context: int  # tokens of prompt and answer together
+    load_seconds: float
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.builder.config
+
+    @property
+    def processor(self) -> ProcessorConfig:
+        return self.builder.processor
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.builder.tokenizer
+
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        preserve_thinking: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that the checkpoint's template makes of messages, one placeholder for each picture or recording."""
+        return self.builder.render(
+            messages,
+            tools=tools,
+            thinking=thinking,
+            preserve_thinking=preserve_thinking,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def prompt(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        preserve_thinking: bool = False,
+        image_tokens: int | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """Messages as ids with their media read and expanded. image_tokens is the budget of one picture."""
+        return self.builder.build(
+            messages,
+            tools=tools,
+            thinking=thinking,
+            preserve_thinking=preserve_thinking,
+            image_tokens=image_tokens,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def logits(self, prompt: Prompt | Messages) -> Tensor:
+        """Float32 scores [len(prompt.ids), vocabulary] of the token that follows each position."""
+        prompt = self._as_prompt(prompt)
+        check_fits(prompt, self.context + 1)
+        return prompt_logits(self.network, prompt)
+
+    def generate(
+        self,
+        prompt: Prompt | Messages,
+        *,
+        max_tokens: int = 256,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Draws tokens until one ends the answer; each comes as a `Piece`, thoughts and special tokens as they are.
+
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed, stop, stop_ids,
+        suppress_tokens as in `SamplingParams`; what is not given is the checkpoint's own. Raises ContextError at once
+        when the prompt does not fit.
+        """
+        prompt = self._as_prompt(prompt)
+        params = self.sampling(max_tokens=max_tokens, **sampling)
+        decoding = Decoding(self.network, prompt, params, context=self.context, progress=progress)
+        return self._pieces(decoding)
+
+    def _pieces(self, decoding: Decoding) -> Iterator[Piece]:
+        text, stops = TokenStream(self.tokenizer), StopStrings(decoding.params.stop)
+        for drawn in decoding:
+            reason = drawn.finish_reason
+            shown = "" if drawn.id in decoding.params.stop_ids else stops.push(text.push(drawn.id))
+            if reason:
+                shown += stops.push(text.flush())
+                shown += stops.flush()
+            reason = "stop" if stops.found else reason
+            yield Piece(drawn.id, shown, reason)
+            if reason:
+                return
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        thinking: bool = ...,
+        schema: Mapping[str, Any] | None = ...,
+        max_tokens: int = ...,
+        temperature: float | None = ...,
+        stream: Literal[False] = ...,
+        **more: Any,
+    ) -> Reply: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        thinking: bool = ...,
+        schema: Mapping[str, Any] | None = ...,
+        max_tokens: int = ...,
+        temperature: float | None = ...,
+        *,
+        stream: Literal[True],
+        **more: Any,
+    ) -> ReplyStream: ...
+
+    def chat(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        schema: Mapping[str, Any] | None = None,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        stream: bool = False,
+        *,
+        image_tokens: int | None = None,
+        preserve_thinking: bool = False,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Reply | ReplyStream:
+        """Answers messages. With stream=True an iterator of events, whose `reply` is complete after the last one.
+
+        Text, thoughts and tool calls come apart. stop strings act on the text of the answer. Other sampling settings
+        as in `generate`. Every mistake in the input is raised before the first token, with stream=True too.
+        """
+        _refuse("schema", None if schema is None else "…")
+        begin = time.perf_counter()
+        params = self.sampling(max_tokens=max_tokens, temperature=temperature, **sampling)
+        prompt = self.prompt(messages, tools, thinking, preserve_thinking, image_tokens)
+        decoding = Decoding(self.network, prompt, params, context=self.context, progress=progress)
+        answer = ReplyStream(decoding, self.tokenizer, tools, prepare_seconds=time.perf_counter() - begin)
+        return answer if stream else answer.run()
+
+    def sampling(self, **asked: Any) -> SamplingParams:
+        """Sampling settings: what is asked for, and the checkpoint's own for the rest."""
+        params = SamplingParams.from_defaults(self.defaults, **asked)
+        size = self.config.text.vocab_size
+        outside = [i for i in (*params.logit_bias, *params.suppress_tokens, *params.stop_ids) if not 0 <= i < size]
+        if outside:
+            raise UsageError(f"token {outside[0]} is outside the vocabulary of {size}")
+        return params
+
+    def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:
+        return prompt if isinstance(prompt, Prompt) else self.prompt(prompt)
