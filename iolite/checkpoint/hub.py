@@ -47,7 +47,7 @@ def resolve(name: str) -> Path:
     if name == NANO:
         return nano_folder()
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file():
         raise CheckpointError(f"{name} is a file", "give the folder that holds config.json and the weights")

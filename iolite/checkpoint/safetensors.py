@@ -232,12 +232,13 @@ def _whole_numbers(value: Any, limit: int) -> bool:
 
 def _check_cover(file: str, entries: Mapping[str, Entry], size: int) -> None:
     """The tensors must fill the `size` bytes of the data section exactly, once."""
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for name, entry in entries.items():
         if entry.end > size:
             raise CheckpointError(
                 f"{file}: tensor {name!r} ends at byte {entry.end}, but the file holds {size} bytes of data", _AGAIN
             )
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             fault = "overlaps another" if entry.begin < position else "leaves a hole before it"
             raise CheckpointError(f"{file}: tensor {name!r} {fault}")

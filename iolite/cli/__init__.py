@@ -19,7 +19,8 @@ import click
 from iolite import __version__
 from iolite.errors import IoliteError
 
-# name -> one line of help. Each is defined as `command` in the module iolite.cli.NAME.
+# name -> one line of help. Each is defined as `command` in the module iolite.cli.NAME. (Importing iolite.cli.list
+# makes `list` that module in this file, so the built-in of that name is not used here.)
 COMMANDS = {
     "run": "Ask once, with text, pictures, sound or video, and print the answer",
     "chat": "Talk in the terminal, turn by turn",
@@ -47,7 +48,7 @@ class Dispatcher(click.Group):
         return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         name = _ALIASES.get(cmd_name, cmd_name)
@@ -68,7 +69,7 @@ class Dispatcher(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([*COMMANDS.items()])
 
 
 @click.group(cls=Dispatcher, context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_command(argv: Sequence[str]) -> int:
     """Runs one command line and returns its exit code; what a user can cause is printed, never raised."""
     try:
-        code = cli.main(args=list(argv) or ["--help"], prog_name="iolite", standalone_mode=False)
+        code = cli.main(args=[*argv] or ["--help"], prog_name="iolite", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except IoliteError as error:
         print_error(str(error), error.hint)
