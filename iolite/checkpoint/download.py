@@ -65,7 +65,7 @@ def pull(name: str, *, check: bool = False, report: Callable[[str], None] = lamb
     report(f"{name}: {len(files)} files, {total / 1e9:.2f} GB, {left / 1e9:.2f} GB to fetch")
     for file in missing:
         if file.large:
-            _fetch_large(name, commit, file, blobs)
+            _fetch_large(name, commit, file, blobs, report)
     folder = _link(name, files)
     for file in files:
         if (folder / file.name).stat().st_size != file.size:
@@ -160,7 +160,7 @@ def _check_space(blobs: Path, missing: Sequence[Remote]) -> None:
         )
 
 
-def _fetch_large(name: str, commit: str, file: Remote, blobs: Path) -> None:
+def _fetch_large(name: str, commit: str, file: Remote, blobs: Path, report: Callable[[str], None]) -> None:
     """One file into its blob, continuing where an earlier attempt stopped; its checksum must be right at the end."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -183,6 +183,7 @@ def _fetch_large(name: str, commit: str, file: Remote, blobs: Path) -> None:
                 expected_size=file.size,
                 displayed_filename=file.name,
             )
+    report(f"{file.name}: checking its SHA-256")
     if _digest(partial, "sha256") != file.etag:
         partial.unlink()
         raise DownloadError(f"{file.name} arrived damaged (its checksum is wrong)", "pull again to fetch it anew")
