@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,14 @@ def command(
 
     for file, source in zip(files, sources, strict=True):
         samples = decode_audio(source)
-        if not as_json and len(files) > 1:
-            put(f"{file}: ")
-        segments = listen(loaded, samples, file, language or "English", max_tokens, show=not as_json)
+        segments: list[Segment] = []
+        for segment in listen(loaded, samples, file, language or "English", max_tokens):
+            if segment.notice:
+                say(f"note: {file}, {segment.start:.1f} to {segment.end:.1f} s: {segment.notice}")
+            if segment.text and not as_json:
+                label = f"{file}: " if len(files) > 1 else ""
+                put(piece(segment.text, label, first=not join(segments)))
+            segments.append(segment)
         if as_json:
             found = {
                 "file": file,
@@ -54,28 +60,32 @@ def command(
                 "text": join(segments),
                 "segments": [asdict(segment) for segment in segments],
             }
-            put(json.dumps(found, ensure_ascii=False))
-        put("\n")
+            put(json.dumps(found, ensure_ascii=False) + "\n")
+        elif not sys.stdout.isatty():
+            put("\n")
 
 
-def listen(model: Model, samples: np.ndarray, file: str, language: str, max_tokens: int, show: bool) -> list[Segment]:
-    """All segments of one recording; show prints each as it comes."""
+def listen(model: Model, samples: np.ndarray, file: str, language: str, max_tokens: int) -> Iterator[Segment]:
+    """All segments of one recording as they come, under a spinner."""
     from iolite.generate.transcribe import transcribe
 
     seconds = len(samples) / model.processor.sampling_rate
-    segments: list[Segment] = []
-    heard = transcribe(model, samples, language, max_tokens)
+    segments, done = transcribe(model, samples, language, max_tokens), 0.0
     while True:
-        done = segments[-1].end if segments else 0.0
         with working(f"{file}: {done:.0f} of {seconds:.0f} s"):
-            segment = next(heard, None)
+            segment = next(segments, None)
         if segment is None:
-            return segments
-        if segment.notice:
-            say(f"note: {file}, {segment.start:.1f} to {segment.end:.1f} s: {segment.notice}")
-        if show and segment.text:
-            put((" " if join(segments) else "") + segment.text)
-        segments.append(segment)
+            return
+        yield segment
+        done = segment.end
+
+
+def piece(text: str, label: str, first: bool) -> str:
+    """How one segment is printed: in one line with the others, but on a terminal, where a spinner stands in the last
+    line while the next is heard, in a line of its own."""
+    if sys.stdout.isatty():
+        return f"{label}{text}\n"
+    return label + text if first else f" {text}"
 
 
 def join(segments: list[Segment]) -> str:
