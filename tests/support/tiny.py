@@ -172,9 +172,9 @@ def randomise(model: nn.Module, seed: int) -> None:
         elif "patch_ln" in name or "pos_norm" in name:
             value = signed(tensor, 0.3, 1.8) if name.endswith("weight") else uniform(tensor, -0.7, 0.7)
         elif "q_norm" in name or "k_norm" in name:
-            # Scores are not divided by sqrt(D), these weights do it: larger ones make every softmax a hard choice,
-            # and then the two models' rounding differs by more than a mistake would.
-            value = signed(tensor, 0.2, 0.9)
+            # Scores are not divided by sqrt(D): these weights do it. Larger ones would make every softmax a hard
+            # choice, and then the rounding of two right models would differ by more than a mistake does.
+            value = signed(tensor, 0.2, 0.9) * (8 / len(tensor)) ** 0.25
         elif "norm" in name:
             value = signed(tensor, 0.3, 1.6)
         elif name.endswith("pos_embedding"):
