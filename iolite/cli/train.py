@@ -49,5 +49,21 @@ def nano(
     settings = Settings(minutes=minutes, compile=compiled, evaluate_every=evaluate_every, max_steps=max_steps)
     run = Run(out, store or out / "store", settings, rows, processes, resume, seed, fresh)
     train(run, lambda line: click.echo(line, err=True))
-    export(out, out / "model", averaged=False)
+    export(out, out / "model")
     click.echo(str(out / "model"))
+
+
+@command.command("export")
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--weights", type=click.Choice(["best", "last", "averaged"]), default="best", show_default=True)
+def write_checkpoint(run: Path, out: Path, weights: str) -> None:
+    """Write the present state of the iolite-nano RUN, finished or not, as a model folder OUT.
+
+    Weights are the last, or their average over the last minutes; "best" is what the run's last evaluation says.
+    """
+    from iolite.train.nano.recipe import export
+
+    averaged = export(run, out, None if weights == "best" else weights == "averaged")
+    click.echo(f"wrote the {'averaged' if averaged else 'last'} weights", err=True)
+    click.echo(str(out))

@@ -260,7 +260,8 @@ def plan_layout(lengths: Sequence[int], rows: int, buckets: int = 4, multiple: i
 def fill(layout: Layout, draw: Callable[[], Example], carry: list[Example], patience: int = 48) -> list[Example | None]:
     """One example for each row: the smallest bucket with a free row, else a later step (carry, changed in place).
 
-    Examples longer than the longest bucket are left out. A bucket for which nothing of its length turns up is filled with shorter sequences once `patience` are waiting.
+    Examples longer than the longest bucket are left out. A bucket for which nothing of its length turns up is filled
+    with shorter ones once `patience` are waiting.
     """
     lengths = [length for length, _ in layout.starts()]
     rows: list[Example | None] = [None] * len(lengths)
@@ -335,7 +336,7 @@ class BucketBatch:
         self.ids = t["ids"]
         self.positions = torch.from_numpy(layout.positions)
         self.media = Media(
-            pixels=t["pixels"].float() / 255 if "pixels" in t else None,
+            pixels=t["pixels"].float() * (1 / 255) if "pixels" in t else None,
             positions=t.get("positions"),
             pixel_index=t.get("pixel_index"),
             frames=t["frames"].float() if "frames" in t else None,
@@ -381,8 +382,8 @@ class BucketAttention:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`kernels.reference.attention` as two batched products. On a CPU, with the short sequences of training, forward and
-    backward take about half the time of torch's fused attention with a mask."""
+    """`kernels.reference.attention` as two batched products: on a CPU, with the short sequences of training, forward
+    and backward take about half the time of torch's fused attention with a mask."""
     B, T, H, D = q.shape
     K, S = k.shape[2], k.shape[1]
     group = H // K  # query heads of one key-value head stand together, so that one product serves them all
@@ -460,7 +461,7 @@ class Feeder:
         self._fraction.value = fraction
         while True:
             try:
-                arrays: Arrays = self._queue.get(timeout=10)
+                arrays: Arrays = self._queue.get(timeout=2)
                 return arrays
             except queue.Empty:
                 if not self._process.is_alive():

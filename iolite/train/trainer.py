@@ -102,8 +102,10 @@ class Trainer:
         self.average = [p.detach().clone() for p in parameters]
         self.gradients = FlatGradients(parameters, extra=6)
         self.step_number, self.seconds, self.samples = 0, 0.0, 0
+        self.norm = 0.0
         self._stop = False
         self._saved = self._evaluated = self._logged = 0.0
+        self._window = [0.0, 0.0, 0.0]  # answer loss, dense loss, steps since the last line
         if settings.compile:
             for layer in model.language_model.layers:
                 layer.compile(dynamic=False)
@@ -162,10 +164,9 @@ class Trainer:
 
     def run(self) -> None:
         """Steps until the time is spent, or until SIGINT or SIGTERM, after which the state is saved."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._asked_to_stop)
+        signals = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, self._asked_to_stop) for number in signals]
         self._saved = self._evaluated = self._logged = self.seconds
-        self._window = [0.0, 0.0, 0.0]  # answer loss, dense loss, steps since the last line
         self.source.start(self.step_number)
         parent = os.getppid()
         try:
@@ -173,6 +174,8 @@ class Trainer:
                 pass
         finally:
             self.source.close()
+            for number, handler in zip(signals, handlers, strict=True):
+                signal.signal(number, handler)
 
     def _asked_to_stop(self, *_: object) -> None:
         self._stop = True

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from iolite.checkpoint.folder import save_folder
+from iolite.checkpoint.safetensors import SafetensorsFile
 from iolite.config import (
     FULL,
     SLIDING,
@@ -157,7 +158,7 @@ def difficulty_limit(fraction: float) -> float:
 
 @dataclass(frozen=True)
 class Draw:
-    """Makes examples of the training split, in the proportions of the mixture. Picklable; calling it opens the store."""
+    """Makes examples of the training split in the proportions of the mixture. Picklable; calling it opens the store."""
 
     store: Path
     folder: Path  # of the run: tokenizer, mixture
@@ -287,7 +288,7 @@ def train(run: Run, progress: Callable[[str], None]) -> None:
         for peer in peers:
             peer.join(timeout=60)
             if peer.is_alive():
-                peer.terminate()
+                peer.kill()  # it takes SIGTERM for a wish to stop after the next step
 
 
 def _shape(layout: Layout) -> str:
@@ -363,27 +364,36 @@ class Reporter:
         draw_in_background(self.folder / "log.jsonl", self.folder / "curves.png")
 
 
-def export(run_folder: Path, out: Path, *, averaged: bool) -> None:
-    """The finished checkpoint folder of a run's present state, in bf16.
+def export(run_folder: Path, out: Path, averaged: bool | None = None) -> bool:
+    """Writes the finished checkpoint folder of a run's present state, in bf16, and says whether the average was taken.
 
-    averaged takes the average of the last weights instead of the last.
+    averaged takes the average of the last weights, or the last; None takes what the last evaluation found better.
     """
-    from iolite.checkpoint.safetensors import SafetensorsFile
-
-    tokenizer = Tokenizer.from_file(run_folder / "tokenizer.json")
-    config = nano_config(tokenizer)
+    averaged = average_is_better(run_folder / "log.jsonl") if averaged is None else averaged
+    path = run_folder / "state.safetensors"
+    if not path.is_file():
+        raise UsageError(f"{run_folder} holds no run", "give the --out folder of `iolite train nano`")
+    file, start = SafetensorsFile(path), "average." if averaged else "weights."
+    config = nano_config(Tokenizer.from_file(run_folder / "tokenizer.json"))
     model = Unified(config)
-    file = SafetensorsFile(run_folder / "state.safetensors")
-    start = "average." if averaged else "weights."
-    weights = {name.removeprefix(start): file.tensor(name) for name in file.keys() if name.startswith(start)}
-    model.load_state_dict(weights, strict=False)
+    stored = [name for name in list(file.keys()) if name.startswith(start)]
+    missing = model.load_state_dict({name.removeprefix(start): file.tensor(name) for name in stored}, strict=False)
+    assert all(name.endswith("layer_scalar") for name in missing.missing_keys), "the state lacks a weight"
     model.to(torch.bfloat16)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(run_folder / name, out / name)
-    if TEMPLATE != out / "chat_template.jinja":
-        shutil.copyfile(TEMPLATE, out / "chat_template.jinja")
+    if out.resolve() != TEMPLATE.parent:
+        shutil.copyfile(TEMPLATE, out / TEMPLATE.name)
     save_folder(out, model, config, generation=generation_config(config), processor=processor_config())
+    return averaged
+
+
+def average_is_better(log: Path) -> bool:
+    """Whether the last evaluation of a log found the average of the weights right more often, over all tasks."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "eval"), {})
+    return "averaged" in last and sum(last["averaged"].values()) > sum(last["tasks"].values())
 
 
 def generation_config(config: ModelConfig) -> GenerationConfig:
