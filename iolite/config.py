@@ -164,13 +164,13 @@ class ModelConfig:
         if not isinstance(text_data, Mapping):
             raise ConfigError("config.json: text_config is missing")
         text = _text_config(text_data)
-        tie = data.get("tie_word_embeddings", text_data.get("tie_word_embeddings", True))
+        tie = _flag(data, "tie_word_embeddings", _flag(text_data, "tie_word_embeddings", True))
         config = cls(
             text=text,
-            vision=_vision_config(data.get("vision_config")),
-            audio=_audio_config(data.get("audio_config")),
+            vision=_vision_config(_part(data, "vision_config")),
+            audio=_audio_config(_part(data, "audio_config")),
             **{name: _count(data, key, default, 0) for name, key, default in _TOKEN_KEYS},
-            tie_word_embeddings=bool(tie),
+            tie_word_embeddings=tie,
             dtype=str(data.get("dtype") or data.get("torch_dtype") or "bfloat16"),
             eos_token_ids=_ids(data.get("eos_token_id", text_data.get("eos_token_id", 1))),
         )
@@ -262,14 +262,16 @@ class GenerationConfig:
         path = Path(folder) / "generation_config.json"
         data = read_json(path) if path.is_file() else {}
         suppress = [model.eoi_token_id, model.eoa_token_id]
-        suppress = [i for i in data.get("suppress_tokens", suppress) or [] if 0 <= i < model.text.vocab_size]
+        suppress = data.get("suppress_tokens", suppress) or []
+        if not isinstance(suppress, list) or any(type(i) is not int for i in suppress):
+            raise ConfigError(f"generation_config.json: suppress_tokens must be a list of token ids, not {suppress!r}")
         return cls(
-            do_sample=bool(data.get("do_sample", True)),
+            do_sample=_flag(data, "do_sample", True),
             temperature=_number(data, "temperature", 1.0, 0.0),
             top_p=_number(data, "top_p", 0.95, 0.0),
             top_k=_count(data, "top_k", 64, 0),
             eos_token_ids=_ids(data.get("eos_token_id", list(model.eos_token_ids))),
-            suppress_tokens=tuple(suppress),
+            suppress_tokens=tuple(i for i in suppress if 0 <= i < model.text.vocab_size),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -305,6 +307,9 @@ class ProcessorConfig:
         rate = _count(audio, "sampling_rate", 16_000, 1)
         if rate != 16_000:
             raise ConfigError(f"processor_config.json: sampling_rate is {rate}; only 16000 is supported")
+        spoken = data.get("transcribe_prompt")
+        if spoken is not None and not isinstance(spoken, str):
+            raise ConfigError(f"processor_config.json: transcribe_prompt must be a text, not {spoken!r}")
         official = image_max in OFFICIAL_IMAGE_BUDGETS and video_max in OFFICIAL_IMAGE_BUDGETS
         return cls(
             image_max_soft_tokens=image_max,
@@ -313,7 +318,7 @@ class ProcessorConfig:
             audio_samples_per_token=model.audio.audio_samples_per_token if model.audio else 640,
             audio_seq_length=_count(data, "audio_seq_length", 750, 1),
             image_budgets=OFFICIAL_IMAGE_BUDGETS if official else None,
-            transcribe_prompt=data.get("transcribe_prompt"),
+            transcribe_prompt=spoken,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -362,11 +367,22 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_repeats)
     except FileNotFoundError:
         raise ConfigError(f"{path.name} is missing in {path.parent}", "is this a model folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path.name} in {path.parent} cannot be read as JSON ({type(error).__name__})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = _why_unreadable(error)
+        raise ConfigError(f"{path.name} in {path.parent} cannot be read as JSON ({why})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path.name} in {path.parent} holds no JSON object")
     return data
+
+
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"a mistake in line {error.lineno}"
+    if isinstance(error, OSError):
+        return error.strerror or "no access"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a number with thousands of digits"
 
 
 def _text_config(data: Mapping[str, Any]) -> TextConfig:
@@ -375,13 +391,14 @@ def _text_config(data: Mapping[str, Any]) -> TextConfig:
             raise ConfigError(f"config.json: text_config.{key} = {data[key]!r} is not supported (needs {allowed[0]!r})")
     num_layers = _count(data, "num_hidden_layers", None, 1, 1000)
     layer_types = data.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(num_layers)]
-    if len(layer_types) != num_layers or set(layer_types) - {SLIDING, FULL} or layer_types[-1] != FULL:
+    known = isinstance(layer_types, list) and all(kind in (SLIDING, FULL) for kind in layer_types)
+    if not known or len(layer_types) != num_layers or layer_types[-1] != FULL:
         raise ConfigError(
             f"config.json: layer_types must name {num_layers} layers, each {SLIDING!r} or {FULL!r}, the last one full"
         )
     heads, kv_heads = (_count(data, key, None, 1, 4096) for key in ("num_attention_heads", "num_key_value_heads"))
     head_dim = _count(data, "head_dim", 256, 2, 4096)
-    share = bool(data.get("attention_k_eq_v", False))
+    share = _flag(data, "attention_k_eq_v", False)
     full_head_dim, full_kv_heads = _full_layer_sizes(data, layer_types, head_dim, kv_heads if share else None)
     for count in (kv_heads, full_kv_heads):
         if heads % count:
@@ -451,6 +468,8 @@ def _ropes(data: Mapping[str, Any] | None) -> tuple[RopeConfig, RopeConfig]:
     """(sliding, full). The one kind each may have is what the family was trained with."""
     if data is None:
         return RopeConfig(10_000.0), RopeConfig(1_000_000.0, 0.25)
+    if not isinstance(data, Mapping):
+        raise ConfigError("config.json: rope_parameters must be an object")
     sliding, full = _section(data, SLIDING), _section(data, FULL)
     for name, rope, kind in ((SLIDING, sliding, "default"), (FULL, full, "proportional")):
         if rope.get("rope_type", kind) != kind:
@@ -498,6 +517,18 @@ def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = data.get(key) or {}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{key} must be an object, not {type(value).__name__}")
+    return value
+
+
+def _part(data: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """A section whose absence means something else than an empty one."""
+    return None if data.get(key) is None else _section(data, key)
+
+
+def _flag(data: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = default if data.get(key) is None else data[key]
+    if type(value) is not bool:
+        raise ConfigError(f"config: {key} must be true or false, not {value!r}")
     return value
 
 

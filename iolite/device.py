@@ -70,7 +70,7 @@ def _device(name: str | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(str(name))
-    except RuntimeError:
+    except (RuntimeError, UnicodeEncodeError):
         raise UsageError(f"there is no device {name!r}", "use cpu, cuda, cuda:N or mps") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):

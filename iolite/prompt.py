@@ -87,6 +87,8 @@ class PromptBuilder:
         Raises MessageError, MediaError or UsageError before any model work is done.
         """
         messages, attachments = normalise(messages)
+        if image_tokens is not None:
+            self.image_budget(image_tokens)  # a wrong number is told of without a picture too
         text = self._render(messages, template)
         pieces = [self._expand(a, image_tokens) for a in attachments]
         return self._join(text, attachments, pieces)
@@ -142,7 +144,7 @@ class PromptBuilder:
             samples = decode_audio(attachment.source, sampling_rate_in=attachment.sampling_rate, **where)
             return self._sound(samples)
         if attachment.kind == "image":
-            budget = self._budget(attachment.max_soft_tokens or image_tokens)
+            budget = self.image_budget(attachment.max_soft_tokens or image_tokens)
             return self._picture(decode_image(attachment.source, **where), "image", budget)
         video = decode_video(
             attachment.source,
@@ -152,12 +154,14 @@ class PromptBuilder:
         )
         return self._video(video, attachment.max_soft_tokens or self.processor.video_max_soft_tokens)
 
-    def _budget(self, asked: int | None) -> int:
+    def image_budget(self, asked: int | None) -> int:
+        """The most tokens that one picture becomes; UsageError for a number that this checkpoint does not know."""
+        if self.config.vision is None:
+            raise UsageError("image_tokens is given, but this model cannot take pictures", "leave it out")
         budget = self.processor.image_max_soft_tokens if asked is None else asked
         allowed = self.processor.image_budgets
         if allowed is not None and budget not in allowed:
             raise UsageError(f"image_tokens must be one of {', '.join(map(str, allowed))}, not {budget}")
-        assert self.config.vision is not None
         if not 1 <= budget <= self.config.vision.mm_posemb_size:
             raise UsageError(f"image_tokens must be from 1 to {self.config.vision.mm_posemb_size}, not {budget}")
         return budget

@@ -11,6 +11,7 @@ other program that uses it (`HF_HOME`, `HF_HUB_CACHE`):
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,13 +47,13 @@ def resolve(name: str) -> Path:
     """
     if name == NANO:
         return nano_folder()
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return path
-    if path.is_file():
+    path = os.path.expanduser(name)  # unlike the methods of Path, those of os.path never raise here
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.isfile(path):
         raise CheckpointError(f"{name} is a file", "give the folder that holds config.json and the weights")
     if not is_id(name):
-        raise DownloadError(f"there is no model {name!r}", f"use nano, a folder, or an id such as {_EXAMPLE}")
+        raise DownloadError(f"there is no model {name[:200]!r}", f"use nano, a folder, or an id such as {_EXAMPLE}")
     snapshot = cached(name)
     if snapshot is None:
         raise DownloadError(f"{name} is not on this machine", f"fetch it: iolite pull {name}")

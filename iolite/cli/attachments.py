@@ -54,16 +54,21 @@ def kind_of(path: str) -> str | None:
 
 def attach(kind: str, path: str) -> Attachment:
     """A file that was named as a picture, sound or video. MediaError when it is not there."""
-    if re.match(r"(data|https?|file):", path):
+    if re.match(r"(data|https?|file):", path, re.IGNORECASE):
         return Attachment(kind, path)  # not a path: `read_source` knows what it is
-    where = Path(path).expanduser()
+    where = os.path.expanduser(path)  # unlike Path.expanduser, it never raises
     if not os.path.isfile(where):  # unlike Path.is_file, it never raises, however long the name
         raise _missing(kind, path)
-    return Attachment(kind, str(where.absolute()))
+    return Attachment(kind, str(Path(where).absolute()))
 
 
 def _missing(kind: str, path: str) -> MediaError:
-    return MediaError(f"there is no {kind} file {path!r}", "check the path; quote it when it holds blanks")
+    shown = repr(path if len(path) <= 200 else path[:200] + "…")
+    if os.path.isdir(os.path.expanduser(path)):
+        return MediaError(f"{shown} is a folder, not {kind}", "give one file")
+    if os.path.exists(os.path.expanduser(path)):
+        return MediaError(f"{shown} is not an ordinary file", "pipe it in instead, and give - as the file")
+    return MediaError(f"there is no {kind} file {shown}", "check the path; quote it when it holds blanks")
 
 
 def pick_paths(text: str) -> tuple[str, list[Attachment]]:
@@ -86,9 +91,9 @@ def _existing(match: re.Match[str]) -> Attachment | None:
     path = unquote(written[7:]) if written.lower().startswith("file://") else written
     kind = kind_of(path)
     assert kind is not None
-    where = Path(path).expanduser()
+    where = os.path.expanduser(path)
     if os.path.isfile(where):
-        return Attachment(kind, str(where.absolute()))
+        return Attachment(kind, str(Path(where).absolute()))
     if path.startswith(("/", "./", "../", "~")) or ("/" in path and match["bare"]):
         raise _missing(kind, path)
     return None

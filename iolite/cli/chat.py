@@ -131,9 +131,11 @@ class Chat:
     def check(self) -> None:
         """Raises UsageError when the settings are not possible for this model."""
         wanted = self.talk.generation()
-        for name in ("thinking", "image_tokens"):
-            wanted.pop(name, None)
+        wanted.pop("thinking", None)
+        image_tokens = wanted.pop("image_tokens", None)
         self.model.sampling(**wanted)
+        if image_tokens is not None:
+            self.model.builder.image_budget(image_tokens)
 
     def help(self, _: str) -> None:
         for name, (_action, text) in COMMANDS.items():
@@ -212,7 +214,7 @@ class Chat:
 def _file(path: str, usage: str) -> Path:
     if not path:
         raise UsageError("which file?", usage)
-    return Path(path.strip("'\"")).expanduser()
+    return Path(os.path.expanduser(path.strip("'\"")))
 
 
 def _attach(kind: str) -> Callable[[Chat, str], None]:
@@ -263,7 +265,12 @@ def read_lines(offered: str) -> str:
 
 
 def _line() -> str:
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError:
+        raise UsageError(
+            "what comes through stdin is not UTF-8 text", "name media with /image, /audio or /video"
+        ) from None
     if not line:
         raise EOFError
     return line.rstrip("\r\n")

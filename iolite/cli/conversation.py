@@ -6,9 +6,9 @@ No terminal and no model here. Media are kept as absolute paths, never copied.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from iolite.cli.attachments import ENDINGS, Attachment, user_message
@@ -103,7 +103,7 @@ class Conversation:
         """Takes over what `/save` wrote; raises UsageError, and changes nothing, for anything else."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             data = None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UsageError("this file is not a saved chat", "a chat is saved with /save FILE")
@@ -127,4 +127,4 @@ class Conversation:
 
 def missing_media(conversation: Conversation) -> list[str]:
     """Those of its files that are no longer there."""
-    return [path for path in conversation.media() if not path.startswith("data:") and not Path(path).is_file()]
+    return [path for path in conversation.media() if not path.startswith("data:") and not os.path.isfile(path)]

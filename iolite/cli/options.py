@@ -29,7 +29,7 @@ SAMPLING = (
 )
 LOADING = (
     click.option("-c", "--ctx-size", "context", type=int, help="Tokens of prompt and answer together."),
-    click.option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads to compute with."),
+    click.option("-t", "--threads", type=click.IntRange(1, 1024), help="CPU threads to compute with."),
     click.option("--device", help="cpu, cuda, cuda:N or mps; by default the fastest there is."),
     click.option("--dtype", help="float32, bfloat16 or float16; by default what suits model and device."),
 )

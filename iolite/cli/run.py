@@ -67,7 +67,7 @@ def command(
         text = "\n\n".join(part for part in (text, piped_text(waits=bool(text or named or picked))) if part)
     for found in picked:
         say(f"Added {found.kind} {found.name}")
-    if not text and not attached and not picked:
+    if not text.strip() and not attached and not picked:
         raise UsageError("there is no prompt", f'ask something: iolite run {name} "…", or pipe text into it')
     loading = {key: settings.pop(key) for key in ("context", "threads", "device", "dtype")}
     loaded = options.load_model(name, **loading)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from iolite.cache import KVCache
-from iolite.errors import ContextError, UsageError
+from iolite.errors import CheckpointError, ContextError, UsageError
 from iolite.generate.sampling import Sampler, SamplingParams
 from iolite.model.batch import Media, RaggedBatch, Segment
 from iolite.model.prefill import prefill
@@ -115,7 +115,13 @@ class Decoding:
                 last = hidden[-1:]
         else:
             last = advance(self.network, ids[-1], self.cache)
-        return sampler(ids, self.network.logits(last)[0])
+        logits = self.network.logits(last)[0]
+        if logits.isnan().any():
+            raise CheckpointError(
+                "the model computed values that are not numbers (NaN)",
+                "its weights are damaged, or the number format is too narrow for it: try float32 or bfloat16",
+            )
+        return sampler(ids, logits)
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self.params.stop_ids:

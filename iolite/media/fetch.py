@@ -63,7 +63,7 @@ def read_source(
         elif scheme == "file":
             data = _read_file(_file_uri(source, label), label, limits, media_root)
         else:
-            data = _read_file(Path(source).expanduser(), label, limits, media_root)
+            data = _read_file(Path(os.path.expanduser(source)), label, limits, media_root)
     if not data:
         raise MediaError(f"{label} is empty: 0 bytes")
     _check_size(len(data), label, limits)
