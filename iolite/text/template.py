@@ -23,12 +23,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from iolite.errors import CheckpointError, MessageError
 
 MAX_SOURCE = 1 << 20  # characters; published templates have some 20,000
-MAX_STEPS = (
-    5_000_000  # loop steps of one rendering: 2,000 messages, each looking back at all before it, and as much again
-)
-CALL_STEPS = 10  # what one call (of a macro, a method) costs, about its share of time
-MAX_OUTPUT = 64 << 20  # characters written by one rendering, in macros too; 262,144 tokens are about a million
+MAX_STEPS = 2_000_000  # loop steps of one rendering: 1,500 messages, each looking back at all before it, and more
+CALL_STEPS = 20  # what one call (of a macro, a method) costs, about its share of time
+MAX_OUTPUT = 16 << 20  # characters written by one rendering, in macros too; 262,144 tokens are about a million
 MAX_NUMBER = 1_000_000  # of a repetition, a power or a width
+
+# What a base model is for: the first message as it stands, after the token that begins every text.
+COMPLETION_TEMPLATE = """
+{%- if messages | length > 1 or messages[0].role != 'user' or tools -%}
+  {{- raise_exception('it is a base model without a chat template, which goes on with one text and cannot chat') -}}
+{%- endif -%}
+{{- bos_token -}}
+{%- if messages[0].content is string -%}
+  {{- messages[0].content -}}
+{%- else -%}
+  {%- for part in messages[0].content -%}
+    {{- part.text if part.type == 'text' else '<|' ~ part.type ~ '|>' -}}
+  {%- endfor -%}
+{%- endif -%}
+"""
 
 
 class ChatTemplate:
@@ -51,7 +64,7 @@ class ChatTemplate:
     def from_folder(cls, path: str | Path) -> ChatTemplate:
         """The template of a checkpoint: chat_template.jinja, or the one in one of two JSON files.
 
-        Raises CheckpointError when there is none, as base models have none.
+        A base model has none. It gets `COMPLETION_TEMPLATE`: one text, with or without media, to be gone on with.
         """
         folder = Path(path)
         file = folder / "chat_template.jinja"
@@ -62,10 +75,7 @@ class ChatTemplate:
                 source = _from_json(folder / name)
                 if source is not None:
                     return cls(source)
-        raise CheckpointError(
-            f"{folder} has no chat template",
-            "an instruction-tuned checkpoint has a chat_template.jinja; base models cannot chat",
-        )
+        return cls(COMPLETION_TEMPLATE)
 
     def render(
         self,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from iolite.text.calls import MAX_DEPTH, CallReader, coerce, format_call, schemas_of
@@ -39,8 +39,11 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 
+# No limits of time: the machine that runs the tests may be busy.
+RANDOM = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-@settings(max_examples=200)
+
+@RANDOM
 @given(
     name=st.from_regex(r"[\w.-]([\w.:-]*[\w.-])?", fullmatch=True), arguments=st.dictionaries(KEYS, VALUES, max_size=4)
 )
@@ -175,7 +178,7 @@ def test_schema_of_another_tool_is_not_used():
     assert read("call:f{k:5}", tools=[{"name": "f"}, {"function": 3}, {"name": "g", "parameters": {}}]).error is None
 
 
-@settings(max_examples=200)
+@RANDOM
 @given(pieces=st.lists(st.sampled_from([*"{}[](),:='\"`\\ \nax1-.", "call:f{", "a:", "null"])), strings=st.data())
 def test_never_raises(pieces, strings):
     reader = CallReader(schemas_of(tool({"a": {"type": "object"}})))

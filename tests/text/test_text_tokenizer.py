@@ -2,13 +2,16 @@
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from iolite.errors import CheckpointError, MessageError
 from iolite.text.tokenizer import Tokenizer
 from iolite.train.nano.tokenizer import train_tokenizer
+
+# No limits of time: the machine that runs the tests may be busy.
+RANDOM = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def test_special_tokens_are_neither_added_nor_hidden(tokenizer):
     assert tokenizer.encode("") == []
 
 
-@settings(max_examples=100)
+@RANDOM
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁")))
 def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
