@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from iolite.errors import CheckpointError, MessageError
-from iolite.text.template import MAX_SOURCE, ChatTemplate
+from iolite.text.template import COMPLETION_TEMPLATE, MAX_SOURCE, ChatTemplate
 
 ROOT = Path(__file__).parents[2]
 CASES = json.loads((ROOT / "tests/data/chat_cases.json").read_text(encoding="utf-8"))
@@ -194,9 +194,18 @@ def test_environment():
         ChatTemplate("{{ raise_exception('no way') }}").render([user("a")])
 
 
+def test_a_base_model_goes_on_with_one_text():
+    base = ChatTemplate(COMPLETION_TEMPLATE)
+    assert base.render([user(" Once upon\n")]) == "<bos> Once upon\n"
+    parts = [{"type": "image"}, {"type": "text", "text": " shows"}]
+    assert base.render([{"role": "user", "content": parts}]) == "<bos><|image|> shows"
+    for messages in ([user("a"), user("b")], [{"role": "system", "content": "a"}]):
+        with pytest.raises(MessageError, match="base model"):
+            base.render(messages)
+
+
 def test_where_a_template_is_found(tmp_path):
-    with pytest.raises(CheckpointError, match="no chat template"):
-        ChatTemplate.from_folder(tmp_path)
+    assert ChatTemplate.from_folder(tmp_path).source == COMPLETION_TEMPLATE
     (tmp_path / "chat_template.json").write_text('{"chat_template": "C"}')
     assert ChatTemplate.from_folder(tmp_path).source == "C"
     named = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
