@@ -146,7 +146,7 @@ def _fetch_config(name: str, commit: str) -> None:
     from huggingface_hub import hf_hub_download
 
     with _explained(name):
-        path = hf_hub_download(name, "config.json", revision=commit)
+        path = hf_hub_download(name, "config.json", revision=commit, tqdm_class=_no_bar())
     read_config(Path(path).parent)
 
 
@@ -204,16 +204,21 @@ def _partial_size(blobs: Path, file: Remote) -> int:
 def _link(name: str, files: Sequence[Remote]) -> Path:
     """The small files, and the snapshot's links to all of them; the large ones are here already."""
     from huggingface_hub import snapshot_download
-    from tqdm.auto import tqdm
-
-    class Quiet(tqdm):  # small files only: a bar would come and go
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **(kwargs | {"disable": True}))
 
     with _explained(name):
         patterns = [glob.escape(file.name) for file in files]
-        return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=Quiet))
+        return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=_no_bar()))
+
+
+def _no_bar() -> type[Any]:
+    """A progress bar that shows nothing, for small files, whose bars would only come and go."""
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+    return NoBar
 
 
 def _digest(path: Path, algorithm: str, start: bytes = b"") -> str:

@@ -25,7 +25,7 @@ COMMANDS = {
     "run": "Ask once, with text, pictures, sound or video, and print the answer",
     "chat": "Talk in the terminal, turn by turn",
     "transcribe": "Write down what is said in a sound or video file",
-    "train": "Train or fine-tune a model",
+    "train": "Train the embedded model anew",
     "eval": "Measure a model on tasks",
     "pull": "Download a model into the Hugging Face cache",
     "list": "List the models on this machine",
@@ -78,6 +78,8 @@ def cli() -> None:
     """Run and train encoder-free multimodal models (Gemma 4 Unified) on this computer.
 
     MODEL is `nano` (the one inside the package), a folder, or a Hugging Face id that was pulled.
+
+    `iolite COMMAND --help` says what a command takes.
     """
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -49,17 +54,17 @@ def pull(hub, tmp_path):
         "from iolite.cli import main; main(sys.argv[1:])"
     )
 
-    def start(*arguments, **variables):
+    def start(*arguments, stderr=subprocess.PIPE, **variables):
         env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
         env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
         command = [sys.executable, "-c", code, "pull", *arguments]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
     return start
 
 
 def finish(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert "Traceback" not in err
     return process.returncode, out, err
 
@@ -97,9 +102,9 @@ def test_what_iolite_uses_and_nothing_else_is_fetched(hub, pull, tmp_path, tiny_
 def test_an_interrupted_download_goes_on_where_it_stopped(hub, pull, tmp_path):
     hub.stall_after = 100_000
     first = pull(NAME)
-    assert hub.stalled.wait(30)
+    assert hub.stalled.wait(200)
     partial = tmp_path / REPOSITORY / "blobs" / f"{hub.etag(WEIGHTS)}.incomplete"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
@@ -149,6 +154,23 @@ def test_check_finds_and_fetches_damaged_files(hub, pull, tmp_path):
     assert hub.downloads("config.json") == []
     for name in (WEIGHTS, "tokenizer.json"):
         assert (tmp_path / SNAPSHOT / name).read_bytes() == hub.files[name]
+
+
+def test_progress_is_shown_on_a_terminal(hub, pull):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    process = pull(NAME, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux ends a terminal
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert b"model.safetensors:   0%|" in shown
+    assert b"model.safetensors: 100%|" in shown
+    assert b"config.json" not in shown
 
 
 def test_the_token_is_sent(hub, pull):

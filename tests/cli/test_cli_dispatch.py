@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import pty
+import resource
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -26,9 +26,15 @@ def command(monkeypatch):
     return put
 
 
+def processor_seconds():
+    """What the processes that this one started have used, in all."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run(*arguments, **options):
     command = [sys.executable, "-m", "iolite.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
 
 
 def test_help_is_quick_and_imports_neither_torch_nor_a_command():
@@ -37,14 +43,14 @@ def test_help_is_quick_and_imports_neither_torch_nor_a_command():
         "print([m for m in sys.modules if m in ('torch', 'numpy', 'rich') or m.startswith('iolite.cli.')]); "
         "sys.exit(code)"
     )
-    begin = time.perf_counter()
+    begin = processor_seconds()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - begin
+    seconds = processor_seconds() - begin
     for name, line in cli.COMMANDS.items():
         assert f"\n  {name} " in done.stdout
         assert line.split()[0] in done.stdout
     assert done.stdout.endswith("[]\n")
-    assert seconds < 1  # 0.05 s on an idle core; the promise is 0.3 s, and test machines are busy
+    assert seconds < 0.3  # 0.05 s where it was written; processor time, since a busy machine keeps us waiting
 
 
 def test_no_arguments_is_help(capsys):
@@ -123,7 +129,7 @@ def test_a_reader_that_goes_away_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "iolite.cli", "list"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=240)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
 
@@ -132,7 +138,7 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_errors_are_coloured_on_a_terminal_only(variables, coloured):
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"} | variables
     ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-m", "iolite.cli", "xyzzy"], stderr=theirs, env=env, timeout=60)
+    subprocess.run([sys.executable, "-m", "iolite.cli", "xyzzy"], stderr=theirs, env=env, timeout=240)
     os.close(theirs)
     text = os.read(ours, 10_000)
     os.close(ours)

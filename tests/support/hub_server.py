@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             hub.stall_after = None
             hub.stalled.set()
-            hub.released.wait(60)
+            hub.released.wait(240)
             self.close_connection = True
             return
         self.wfile.write(data[begin:stop])
