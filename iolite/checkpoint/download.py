@@ -44,10 +44,10 @@ def pull(name: str, *, check: bool = False, report: Callable[[str], None] = lamb
     go to stderr when that is a terminal. Raises DownloadError (no such model, no access, no network, no space) and,
     before anything large is fetched, CheckpointError for a model that iolite cannot run.
     """
-    if name == hub.NANO or Path(name).expanduser().is_dir():
+    if name == hub.NANO or os.path.isdir(os.path.expanduser(name)):
         return hub.resolve(name)
     if not hub.is_id(name):
-        raise DownloadError(f"{name!r} is not a Hugging Face id", "an id looks like google/gemma-4-12B-it")
+        raise DownloadError(f"{name[:200]!r} is not a Hugging Face id", "an id looks like google/gemma-4-12B-it")
     if check and (here := hub.cached(name)) is not None:
         for path in damaged(here):
             report(f"damaged, fetched again: {path.name}")

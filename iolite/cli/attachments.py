@@ -65,7 +65,7 @@ def attach(kind: str, path: str) -> Attachment:
 def _missing(kind: str, path: str) -> MediaError:
     shown = repr(path if len(path) <= 200 else path[:200] + "…")
     if os.path.isdir(os.path.expanduser(path)):
-        return MediaError(f"{shown} is a folder, not {kind}", "give one file")
+        return MediaError(f"{shown} is a folder, not a file", f"name one {kind} file")
     if os.path.exists(os.path.expanduser(path)):
         return MediaError(f"{shown} is not an ordinary file", "pipe it in instead, and give - as the file")
     return MediaError(f"there is no {kind} file {shown}", "check the path; quote it when it holds blanks")

@@ -39,7 +39,10 @@ FENCE = '"""'
     options.VERBOSE,
 )
 def command(name: str, model: str | None, **settings: Any) -> None:
-    """Talk with MODEL (by default nano). Type /help for what the chat understands."""
+    """Talk with MODEL (by default nano). Type /help for what the chat understands.
+
+    Sampling flags that are not given are the model's own.
+    """
     loading = {key: settings.pop(key) for key in ("context", "threads", "device", "dtype")}
     loaded = options.load_model(model or name, **loading)
     given = {key: value for key, value in settings.items() if value not in (None, ())}

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 @click.argument("model", default="nano")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--limit", type=click.IntRange(min=1), default=500, show_default=True, help="Questions of each task.")
-@click.option("--tasks", help="Names with commas between; by default all.")
+@click.option("--tasks", metavar="NAMES", help="Some tasks only, with commas between.")
 @click.option(
     "--store",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Glyphs and clips; by default in the cache. Made when missing, for which espeak-ng and fonts must be here.",
+    help="Folder of held-out glyphs and speech; by default in the cache. Made when missing, with espeak-ng and fonts.",
 )
 @click.option("--show-wrong", is_flag=True, help="Print some wrong answers to stderr.")
 @add(*LOADING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,28 +18,56 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 SAMPLING = (
     click.option("-n", "--max-tokens", type=int, default=2048, show_default=True, help="Longest answer, in tokens."),
-    click.option("--temp", "--temperature", "temperature", type=float, help="0 always takes the likeliest token."),
+    click.option(
+        "--temp", "--temperature", "temperature", type=float, help="How freely to draw; 0: always the likeliest token."
+    ),
     click.option("--top-p", type=float, help="Draw from the likeliest tokens that make up this probability."),
     click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens; 0: from all."),
     click.option("--min-p", type=float, help="Leave out what is less likely than this times the likeliest."),
     click.option(
-        "--repeat-penalty", "--repetition-penalty", "repetition_penalty", type=float, help="Above 1: repeat less."
+        "--repeat-penalty",
+        "--repetition-penalty",
+        "repetition_penalty",
+        type=float,
+        help="Above 1: repeat less; 1: off.",
     ),
-    click.option("--seed", type=int, help="Same seed, same answer."),
+    click.option("--seed", type=int, help="Same seed, same answer; by default a new one."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. May be repeated."),
 )
 LOADING = (
-    click.option("-c", "--ctx-size", "context", type=int, help="Tokens of prompt and answer together."),
+    click.option(
+        "-c",
+        "--ctx-size",
+        "context",
+        type=int,
+        help="Tokens of prompt and answer together; by default all that the model takes.",
+    ),
     click.option("-t", "--threads", type=click.IntRange(1, 1024), help="CPU threads to compute with."),
     click.option("--device", help="cpu, cuda, cuda:N or mps; by default the fastest there is."),
     click.option("--dtype", help="float32, bfloat16 or float16; by default what suits model and device."),
 )
 IMAGE_TOKENS = click.option(
-    "--image-max-tokens", "--image-tokens", "image_tokens", type=int, help="Budget of one picture, in tokens."
+    "--image-max-tokens",
+    "--image-tokens",
+    "image_tokens",
+    type=int,
+    help="Most tokens of one picture; more for small text. The 12B takes 70, 140, 280 (its default), 560 or 1120.",
 )
-THINKING = click.option("--thinking/--no-thinking", default=False, help="Let the model think before it answers.")
+THINKING = click.option(
+    "--thinking/--no-thinking", default=False, help="Let the model think before it answers (off by default)."
+)
 SYSTEM = click.option("--system", metavar="TEXT", help="System prompt.")
 VERBOSE = click.option("--verbose", is_flag=True, help="Print load time and tokens per second to stderr.")
+
+
+class Number(click.FloatRange):
+    """A finite number within a range: click's own takes nan, which is neither too small nor too large."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def add(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -52,7 +52,7 @@ def command(
     """Ask MODEL (by default nano) a question and print the answer.
 
     The paths of pictures, recordings and videos inside the prompt are picked up too. What is piped in is added to the
-    prompt, or is the prompt when there is no other.
+    prompt, or is the prompt when there is no other. Sampling flags that are not given are the model's own.
 
     \b
     iolite run "What is 17 times 23?"

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 @click.option("-m", "--model", default="nano", show_default=True, metavar="MODEL", help="The model.")
 @click.option("--language", metavar="NAME", help="The language that is spoken, in English.  [default: English]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each file.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=512, help="Longest text of one piece.")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest text of one piece."
+)
 @options.add(*options.LOADING)
 def command(
     files: tuple[str, ...], model: str, language: str | None, as_json: bool, max_tokens: int, **loading: Any
