@@ -25,6 +25,8 @@ def command() -> None:
     "--compile/--no-compile", "compiled", default=True, help="torch.compile the layers (needs a C++ compiler)."
 )
 @click.option("--evaluate-every", type=float, default=180.0, show_default=True, help="Seconds.")
+@click.option("--ahead", type=click.IntRange(min=0), default=6, help="Batches made ahead in other processes; 0: none.")
+@click.option("--held-out", type=click.IntRange(min=1), default=256, help="Samples of each task at an evaluation.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps.")
 def nano(
     out: Path,
@@ -37,6 +39,8 @@ def nano(
     seed: int,
     compiled: bool,
     evaluate_every: float,
+    ahead: int,
+    held_out: int,
     max_steps: int | None,
 ) -> None:
     """Train iolite-nano and write it to OUT/model.
@@ -47,7 +51,7 @@ def nano(
     from iolite.train.trainer import Settings
 
     settings = Settings(minutes=minutes, compile=compiled, evaluate_every=evaluate_every, max_steps=max_steps)
-    run = Run(out, store or out / "store", settings, rows, processes, resume, seed, fresh)
+    run = Run(out, store or out / "store", settings, rows, processes, resume, seed, fresh, ahead, held_out)
     train(run, lambda line: click.echo(line, err=True))
     export(out, out / "model")
     click.echo(str(out / "model"))

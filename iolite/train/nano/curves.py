@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 
-def draw_in_background(log: Path, picture: Path) -> None:
+def draw_in_background(log: Path, picture: Path) -> subprocess.Popen[bytes]:
     """Draws in a process of its own, so that training does not wait for it."""
     command = [sys.executable, "-m", "iolite.train.nano.curves", str(log), str(picture)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def draw(log: Path, picture: Path) -> None:

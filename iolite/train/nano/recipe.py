@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,11 +40,13 @@ from iolite.errors import UsageError
 from iolite.model.unified import Unified
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
-from iolite.train.data import BucketBatch, Encoder, Example, Feeder, Layout, collate, plan_layout
+from iolite.train.data import BucketBatch, DirectSource, Encoder, Example, Feeder, Layout, collate, plan_layout
 from iolite.train.loss import exact_rows
-from iolite.train.nano.tasks import TASKS, NanoData
+from iolite.train.nano.curves import draw_in_background
+from iolite.train.nano.speech import FRAME
+from iolite.train.nano.tasks import TASKS, NanoData, Sample
 from iolite.train.parallel import Group, free_port
-from iolite.train.trainer import Scores, Settings, Trainer
+from iolite.train.trainer import Scores, Settings, Source, Trainer
 
 VOCABULARY = 1024
 IMAGE_TOKENS = 3
@@ -171,9 +174,23 @@ class Draw:
         def draw(rng: np.random.Generator, fraction: float) -> Example:
             limit = difficulty_limit(fraction)
             difficulty = limit if rng.random() < 0.6 else limit * rng.random()
-            return encode(data.sample(mixture.task(rng), rng, difficulty))
+            sample = data.sample(mixture.task(rng), rng, difficulty)
+            if sample.sounds and rng.random() < 0.6:
+                sample = stretched(sample, math.exp(rng.uniform(-0.14, 0.14)))
+            return encode(sample)
 
         return draw
+
+
+def stretched(sample: Sample, speed: float) -> Sample:
+    """The sample with its sounds played at another speed, and thereby pitch: a voice that the store does not have."""
+    sounds, words = [], []
+    for sound, labels in zip(sample.sounds, sample.audio_dense, strict=True):
+        at = np.arange(int((len(sound) - 1) / speed) + 1, dtype=np.float32) * speed
+        sounds.append(np.interp(at, np.arange(len(sound)), sound).astype(np.float32))
+        frames = -(-len(at) // FRAME)
+        words.append([labels[min(int((i + 0.5) * speed), len(labels) - 1)] for i in range(frames)])
+    return replace(sample, sounds=sounds, audio_dense=words)
 
 
 class Mixture:
@@ -269,6 +286,7 @@ class Run:
     resume: bool = False
     seed: int = 0
     fresh: float = 1.0
+    ahead: int = 6  # batches made ahead, in another process; 0 makes each when it is wanted
     per_task: int = 256  # held-out samples of each task at every evaluation
 
 
@@ -305,11 +323,12 @@ def prepare(run: Run, progress: Callable[[str], None]) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     if (run.folder / "mixture.json").exists():
         read_mixture(run.folder / "mixture.json")
-    build_store(
-        run.store,
-        processes=run.processes,
-        progress=lambda done, total, name: progress(f"store: {done}/{total} parts"),
-    )
+    if not (run.store / "store.json").exists():  # a finished one is taken whatever its size
+        build_store(
+            run.store,
+            processes=run.processes,
+            progress=lambda done, total, name: progress(f"store: {done}/{total} parts"),
+        )
     if not (run.folder / "tokenizer.json").exists():
         from iolite.train.nano.tokenizer import train_tokenizer
 
@@ -322,12 +341,15 @@ def _work(run: Run, layout: Layout, rank: int, port: int, progress: Callable[[st
     group = Group(rank, run.processes, port)
     model = Unified(nano_config(Tokenizer.from_file(run.folder / "tokenizer.json")))
     initialise_(model, run.seed)
-    feeder = Feeder(layout, Draw(run.store, run.folder, run.seed + rank), (run.seed, rank), fresh=run.fresh)
+    draw, seed = Draw(run.store, run.folder, run.seed + rank), (run.seed, rank)
+    source: Source = DirectSource(layout, draw(), seed)
+    if run.ahead:
+        source = Feeder(layout, draw, seed, ahead=run.ahead, fresh=run.fresh)
     report = Reporter(run.folder, progress) if progress else None
     trainer = Trainer(
         model,
         parameter_groups(model),
-        feeder,
+        source,
         layout,
         run.folder,
         run.settings,
@@ -338,6 +360,8 @@ def _work(run: Run, layout: Layout, rank: int, port: int, progress: Callable[[st
     if run.resume:
         trainer.resume()
     trainer.run()
+    if report:
+        report.wait()
     group.close()
 
 
@@ -346,6 +370,7 @@ class Reporter:
 
     def __init__(self, folder: Path, progress: Callable[[str], None]) -> None:
         self.folder, self.progress = folder, progress
+        self._drawing: subprocess.Popen[bytes] | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
         start = f"{record['minutes']:6.1f} min  step {record['step']:6d}  {record['samples']:8d} samples"
@@ -359,9 +384,13 @@ class Reporter:
             if key in record:
                 shares = "  ".join(f"{task} {share:.3f}" for task, share in record[key].items())
                 self.progress(f"{start}  {key}: {shares}")
-        from iolite.train.nano.curves import draw_in_background
+        self.wait()
+        self._drawing = draw_in_background(self.folder / "log.jsonl", self.folder / "curves.png")
 
-        draw_in_background(self.folder / "log.jsonl", self.folder / "curves.png")
+    def wait(self) -> None:
+        """Until the curves are drawn."""
+        if self._drawing:
+            self._drawing.wait()
 
 
 def export(run_folder: Path, out: Path, averaged: bool | None = None) -> bool:
