@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from iolite.config import ModelConfig, ProcessorConfig
-from iolite.errors import MediaError, MessageError, UsageError
+from iolite.errors import CheckpointError, MediaError, MessageError, UsageError
 from iolite.media.audio import audio_frames, decode_audio
 from iolite.media.image import decode_image, image_patches
 from iolite.media.limits import DEFAULT_LIMITS, Limits
 from iolite.media.video import Video, decode_video, timestamp_text
-from iolite.messages import Attachment, normalise
+from iolite.messages import Attachment, check_tools, normalise
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
 
@@ -94,8 +94,8 @@ class PromptBuilder:
         return self._join(text, attachments, pieces)
 
     def _render(self, messages: list[dict[str, Any]], template: Mapping[str, Any]) -> str:
-        bos = self.tokenizer.id_to_token(self.config.text.bos_token_id)
-        return self.template.render(messages, bos_token=bos, **template)
+        check_tools(template.get("tools"))
+        return self.template.render(messages, bos_token=self._token(self.config.text.bos_token_id), **template)
 
     def _join(self, text: str, attachments: Sequence[Attachment], pieces: list[tuple[str, list[Span]]]) -> Prompt:
         marks = {f"<|{kind}|>": kind for kind in ("image", "audio", "video")}
@@ -124,8 +124,11 @@ class PromptBuilder:
         placed, at = [], 0
         for span in spans:
             token = self._token_ids(span.kind)[1]
-            at = ids.index(token, at)
-            assert ids[at : at + span.length] == [token] * span.length, "the tokenizer splits a placeholder"
+            at = ids.index(token, at) if token in ids[at:] else len(ids)
+            if ids[at : at + span.length] != [token] * span.length:
+                raise CheckpointError(
+                    f"the tokenizer does not read {self._token(token)!r} as the id {token} of config.json"
+                )
             placed.append(Span(span.kind, at, span.length, span.array, span.positions, span.digest))
             at += span.length
         return tuple(placed)
@@ -139,7 +142,11 @@ class PromptBuilder:
             )
         if attachment.source is None:
             raise MessageError(f"a part of type {attachment.kind!r} comes without a path, bytes, data URI or array")
-        where = {"limits": self.limits, "media_root": self.media_root, "allow_urls": self.allow_urls}
+        where: dict[str, Any] = {
+            "limits": self.limits,
+            "media_root": self.media_root,
+            "allow_urls": self.allow_urls,
+        }
         if attachment.kind == "audio":
             samples = decode_audio(attachment.source, sampling_rate_in=attachment.sampling_rate, **where)
             return self._sound(samples)
@@ -152,18 +159,22 @@ class PromptBuilder:
             fps=attachment.fps,
             **where,
         )
-        return self._video(video, attachment.max_soft_tokens or self.processor.video_max_soft_tokens)
+        budget = attachment.max_soft_tokens or self.processor.video_max_soft_tokens
+        return self._video(video, self._budget("max_soft_tokens of a video", budget))
 
     def image_budget(self, asked: int | None) -> int:
         """The most tokens that one picture becomes; UsageError for a number that this checkpoint does not know."""
+        return self._budget("image_tokens", self.processor.image_max_soft_tokens if asked is None else asked)
+
+    def _budget(self, name: str, budget: int) -> int:
         if self.config.vision is None:
-            raise UsageError("image_tokens is given, but this model cannot take pictures", "leave it out")
-        budget = self.processor.image_max_soft_tokens if asked is None else asked
+            raise UsageError(f"{name} is given, but this model cannot take pictures", "leave it out")
         allowed = self.processor.image_budgets
         if allowed is not None and budget not in allowed:
-            raise UsageError(f"image_tokens must be one of {', '.join(map(str, allowed))}, not {budget}")
-        if not 1 <= budget <= self.config.vision.mm_posemb_size:
-            raise UsageError(f"image_tokens must be from 1 to {self.config.vision.mm_posemb_size}, not {budget}")
+            raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, not {budget}")
+        most = self.config.vision.mm_posemb_size  # a picture may be one row of so many patches
+        if type(budget) is not int or not 1 <= budget <= most:
+            raise UsageError(f"{name} must be from 1 to {most}, not {budget}")
         return budget
 
     def _token_ids(self, kind: Kind) -> tuple[int, int, int]:
@@ -174,8 +185,14 @@ class PromptBuilder:
         return c.boi_token_id, c.image_token_id if kind == "image" else c.video_token_id, c.eoi_token_id
 
     def _bracket(self, kind: Kind, length: int) -> str:
-        begin, mark, end = (self.tokenizer.id_to_token(i) for i in self._token_ids(kind))
+        begin, mark, end = (self._token(i) for i in self._token_ids(kind))
         return begin + mark * length + end
+
+    def _token(self, token_id: int) -> str:
+        token = self.tokenizer.id_to_token(token_id)
+        if token is None:
+            raise CheckpointError(f"config.json names the token {token_id}, which the tokenizer does not have")
+        return token
 
     def _picture(self, pixels: np.ndarray, kind: Kind, budget: int) -> tuple[str, list[Span]]:
         assert self.config.vision is not None

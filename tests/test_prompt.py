@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from iolite.config import ProcessorConfig
-from iolite.errors import MediaError, MessageError, UsageError
+from iolite.errors import CheckpointError, MediaError, MessageError, UsageError
 from iolite.prompt import PromptBuilder
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
@@ -156,8 +158,6 @@ def test_media_without_a_source(builder):
 
 
 def test_modality_the_checkpoint_lacks(builder):
-    from dataclasses import replace
-
     deaf = PromptBuilder(builder.tokenizer, builder.template, replace(builder.config, audio=None), builder.processor)
     with pytest.raises(MediaError, match="cannot take audio"):
         deaf.build(user(sound(HALF_SECOND)))
@@ -168,3 +168,11 @@ def test_silence_and_nothing(builder):
     assert silent.spans[0].length == 1
     with pytest.raises(MediaError):
         builder.build(user(sound(np.zeros(0, np.float32))))
+
+
+def test_a_tokenizer_of_another_checkpoint(builder):
+    unknown = replace(builder.config, image_token_id=builder.tokenizer.vocab_size)
+    text = builder.tokenizer.token_id("<0x41>")  # these six characters are read as six tokens
+    for config, words in ((unknown, "does not have"), (replace(builder.config, image_token_id=text), "does not read")):
+        with pytest.raises(CheckpointError, match=words):
+            PromptBuilder(builder.tokenizer, builder.template, config, builder.processor).build(user(image(RED)))
