@@ -28,7 +28,7 @@ FENCE = '"""'
 
 
 @click.command(short_help="Talk, turn by turn.")
-@click.argument("name", default="nano", metavar="[MODEL]")
+@click.argument("name", required=False, metavar="[MODEL]")
 @click.option("-m", "--model", metavar="MODEL", help="The same as the argument.")
 @options.add(
     options.SYSTEM,
@@ -38,13 +38,15 @@ FENCE = '"""'
     *options.LOADING,
     options.VERBOSE,
 )
-def command(name: str, model: str | None, **settings: Any) -> None:
+def command(name: str | None, model: str | None, **settings: Any) -> None:
     """Talk with MODEL (by default nano). Type /help for what the chat understands.
 
     Sampling flags that are not given are the model's own.
     """
+    if name is not None and model is not None:
+        raise UsageError(f"two models: {name!r} and {model!r}", "name one of them")
     loading = {key: settings.pop(key) for key in ("context", "threads", "device", "dtype")}
-    loaded = options.load_model(model or name, **loading)
+    loaded = options.load_model(next((n for n in (name, model) if n is not None), "nano"), **loading)
     given = {key: value for key, value in settings.items() if value not in (None, ())}
     chat = Chat(loaded, Conversation())
     chat.talk.settings |= given

@@ -37,7 +37,7 @@ def command(model: str | None, as_json: bool, system: bool) -> None:
     report: dict[str, Any] = {}
     config = None
     if model is not None or not system:
-        name = model or "nano"
+        name = "nano" if model is None else model
         folder = resolve(name)
         config = read_config(folder)
         report = describe(name, folder, config)

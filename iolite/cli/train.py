@@ -6,25 +6,41 @@ from pathlib import Path
 
 import click
 
+from iolite.cli.options import Number
 
-@click.group()
+
+@click.group(no_args_is_help=False)
 def command() -> None:
-    """Train a model."""
+    """Train the embedded model from nothing, on data that the recipe makes itself."""
 
 
 @command.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the run.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=110.0, show_default=True)
+@click.option(
+    "--minutes",
+    type=Number(min=0, min_open=True),
+    default=110.0,
+    show_default=True,
+    help="Time to train for; the learning rate comes down to its end.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-@click.option("--store", type=click.Path(path_type=Path, file_okay=False), help="Glyphs and clips; default OUT/store.")
-@click.option("--processes", type=click.IntRange(1, 64), default=2, show_default=True, help="Of one thread each.")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of glyphs and speech; by default OUT/store.",
+)
+@click.option("--processes", type=click.IntRange(1, 64), default=2, show_default=True, help="Each on one thread.")
 @click.option("--rows", type=click.IntRange(min=1), default=48, show_default=True, help="Samples of a step.")
-@click.option("--fresh", type=click.FloatRange(0, 1), default=1.0, help="Share of new samples; others are seen again.")
-@click.option("--seed", type=int, default=0)
+@click.option(
+    "--fresh", type=Number(0, 1), default=1.0, show_default=True, help="Share of new samples; others are seen again."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the weights and samples.")
 @click.option(
     "--compile/--no-compile", "compiled", default=True, help="torch.compile the layers (needs a C++ compiler)."
 )
-@click.option("--evaluate-every", type=float, default=180.0, show_default=True, help="Seconds.")
+@click.option(
+    "--evaluate-every", type=Number(min=0), default=180.0, show_default=True, help="Seconds between evaluations."
+)
 @click.option("--ahead", type=click.IntRange(min=0), default=6, help="Batches made ahead in other processes; 0: none.")
 @click.option("--held-out", type=click.IntRange(min=1), default=256, help="Samples of each task at an evaluation.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps.")
