@@ -45,3 +45,11 @@ def load_tiny(tiny_folder: Callable[[str], Path]) -> Callable[[str], Unified]:
         return model.eval().requires_grad_(False)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def espeak() -> None:
+    """Needs the speech synthesiser that speaks the embedded model's recordings."""
+    from support.programs import need_program
+
+    need_program("espeak-ng")

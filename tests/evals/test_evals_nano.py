@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +23,7 @@ from iolite.train.nano.tasks import TASKS, NanoData, Sample
 from iolite.train.nano.tokenizer import train_tokenizer
 from iolite.train.parallel import Group
 
-pytestmark = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+pytestmark = pytest.mark.usefixtures("espeak")
 
 
 @pytest.fixture(scope="module")

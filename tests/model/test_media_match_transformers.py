@@ -15,13 +15,6 @@ from support.compare import assert_near, our_logits
 from support.oracle import BOS, TOKEN, Placed, Sample, reference_masks
 from support.tiny import reference_model
 from transformers import BatchFeature
-
-from iolite.media.audio import audio_frames, decode_audio
-from iolite.media.image import decode_image, image_patches
-from iolite.model.unified import Unified
-
-pytest.importorskip("torchvision", reason="Transformers' media processors need torchvision")
-
 from transformers.models.gemma4_unified.feature_extraction_gemma4_unified import (
     Gemma4UnifiedAudioFeatureExtractor,
 )
@@ -31,6 +24,10 @@ from transformers.models.gemma4_unified.image_processing_gemma4_unified import (
 from transformers.models.gemma4_unified.video_processing_gemma4_unified import (
     Gemma4UnifiedVideoProcessor,
 )
+
+from iolite.media.audio import audio_frames, decode_audio
+from iolite.media.image import decode_image, image_patches
+from iolite.model.unified import Unified
 
 Load = Callable[[str], Unified]
 

@@ -13,12 +13,9 @@ def need_program(name: str, package: str | None = None) -> None:
 
     `.ci/run` installs every program and sets IOLITE_TEST_ALL=1, so that nothing is skipped there for that reason.
     """
-    if not shutil.which(name):
-        missing(f"{name} is not installed (Debian package {package or name})")
-
-
-def missing(reason: str) -> None:
-    """Skips for want of something of the system's (fonts, a voice); a failure where all are promised."""
+    if shutil.which(name):
+        return
+    reason = f"{name} is not installed (Debian package {package or name})"
     if os.environ.get("IOLITE_TEST_ALL") == "1":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,7 +1,6 @@
 """Speech and whole samples: voices kept apart, clips, labels, the store and every task."""
 
 import random
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from iolite.train.nano.speech import FRAME, RATE, Noises, Voice
 from iolite.train.nano.store import SplitSize, StoreSize, build_store
 from iolite.train.nano.tasks import TASKS, NanoData, Sample
 
-needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+needs_espeak = pytest.mark.usefixtures("espeak")
 TINY = StoreSize(SplitSize(12, 3, 3, 2, 4), SplitSize(6, 2, 2, 2, 4))
 
 

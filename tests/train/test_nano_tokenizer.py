@@ -79,7 +79,8 @@ def test_file_has_the_family_form(folder):
 
 
 def test_loads_in_the_reference(folder, tokenizer):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     text = "<bos><|turn>user\nWhat shape is the 🙂 12?<turn|>\n"
     plain = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     auto = transformers.AutoTokenizer.from_pretrained(str(folder))
