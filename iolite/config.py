@@ -253,6 +253,8 @@ class GenerationConfig:
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 64
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     eos_token_ids: tuple[int, ...] = (1,)
     suppress_tokens: tuple[int, ...] = ()
 
@@ -270,6 +272,8 @@ class GenerationConfig:
             temperature=_number(data, "temperature", 1.0, 0.0),
             top_p=_number(data, "top_p", 0.95, 0.0),
             top_k=_count(data, "top_k", 64, 0),
+            min_p=_number(data, "min_p", 0.0, 0.0),
+            repetition_penalty=_number(data, "repetition_penalty", 1.0, 1e-6),
             eos_token_ids=_ids(data.get("eos_token_id", list(model.eos_token_ids))),
             suppress_tokens=tuple(i for i in suppress if 0 <= i < model.text.vocab_size),
         )
@@ -474,6 +478,9 @@ def _ropes(data: Mapping[str, Any] | None) -> tuple[RopeConfig, RopeConfig]:
     for name, rope, kind in ((SLIDING, sliding, "default"), (FULL, full, "proportional")):
         if rope.get("rope_type", kind) != kind:
             raise ConfigError(f"config.json: rope_type {rope['rope_type']!r} for {name} is not supported")
+        # "factor" divides the frequencies of other context lengths; Transformers obeys it for the proportional kind.
+        if rope.get("factor") not in (None, 1):
+            raise ConfigError(f"config.json: rope factor {rope['factor']!r} for {name} is not supported (needs 1)")
     factor = _number(full, "partial_rotary_factor", 1.0, 0.0)
     if factor > 1:
         raise ConfigError(f"config.json: partial_rotary_factor is {factor}, more than 1")
@@ -516,7 +523,7 @@ def _audio_config(data: Mapping[str, Any] | None) -> AudioConfig | None:
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = data.get(key) or {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} must be an object, not {type(value).__name__}")
+        raise ConfigError(f"config: {key} must be an object, not {type(value).__name__}")
     return value
 
 
@@ -533,16 +540,14 @@ def _flag(data: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def _count(data: Mapping[str, Any], key: str, default: int | None, low: int, high: int = 1 << 31) -> int:
-    value = data.get(key, default)
-    if value is None:
-        value = default
+    value = default if data.get(key) is None else data[key]
     if type(value) is not int or not low <= value <= high:
         raise ConfigError(f"config: {key} must be a whole number from {low} to {high}, not {value!r}")
     return value
 
 
 def _number(data: Mapping[str, Any], key: str, default: float, low: float) -> float:
-    value = data.get(key, default)
+    value = default if data.get(key) is None else data[key]
     if type(value) not in (int, float) or not math.isfinite(value) or value < low:
         raise ConfigError(f"config: {key} must be a finite number of at least {low:g}, not {value!r}")
     return float(value)

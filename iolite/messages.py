@@ -67,15 +67,33 @@ def _message(message: Mapping[str, Any], where: str, attachments: list[Attachmen
     if content is None and not message.get("tool_calls") and role not in ("assistant", "model"):
         raise MessageError(f"{where} ({role}) has no content")
     if isinstance(content, Mapping) and role == "tool":
-        content = json.dumps(content, ensure_ascii=False)
+        try:
+            content = json.dumps(content, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            raise MessageError(f"{where}: the tool's result holds something that JSON has no form for") from None
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         content = [_part(p, f"{where}, part {i}", attachments) for i, p in enumerate(content)]
     elif content is not None and not isinstance(content, str):
         raise MessageError(f"{where}: content must be a string or a list of parts, not {type(content).__name__}")
     result = {**message, "content": content}
-    if message.get("tool_calls"):
-        result["tool_calls"] = [_tool_call(c, f"{where}, tool call {i}") for i, c in enumerate(message["tool_calls"])]
+    calls = message.get("tool_calls")
+    if calls:
+        if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
+            raise MessageError(f"{where}: tool_calls must be a list, not {type(calls).__name__}")
+        result["tool_calls"] = [_tool_call(c, f"{where}, tool call {i}") for i, c in enumerate(calls)]
     return result
+
+
+def check_tools(tools: Any) -> None:
+    """Raises MessageError unless tools is None or a list of functions, in OpenAI's form or their inner objects."""
+    if tools is None:
+        return
+    if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
+        raise MessageError(f"tools must be a list, not {type(tools).__name__}")
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise MessageError(f"tool {i} has no function with a name")
 
 
 def _part(part: Any, where: str, attachments: list[Attachment]) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def _part(part: Any, where: str, attachments: list[Attachment]) -> dict[str, Any
         if not isinstance(part.get("text"), str):
             raise MessageError(f"{where} is of type {kind!r} but has no string under 'text'")
         return {"type": "text", "text": part["text"]}
-    if kind not in _MEDIA_PARTS:
+    if not isinstance(kind, str) or kind not in _MEDIA_PARTS:
         known = ", ".join((*_TEXT_PARTS[:1], *_MEDIA_PARTS))
         raise MessageError(f"{where} has the type {kind!r}; known types are {known}")
     attachment = _attachment(part, where, *_MEDIA_PARTS[kind])

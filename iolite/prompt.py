@@ -215,6 +215,27 @@ class PromptBuilder:
         return " ".join(texts), spans
 
 
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raises CheckpointError when tokenizer.json and config.json are not of one model: ids beyond the vocabulary, or
+    other ids for the tokens that begin a text and stand for media."""
+    size = config.text.vocab_size
+    if tokenizer.vocab_size > size:
+        raise CheckpointError(f"tokenizer.json has {tokenizer.vocab_size} tokens, but config.json has {size}")
+    named = {"<bos>": config.text.bos_token_id}
+    if config.vision:
+        named |= {"<|image>": config.boi_token_id, "<|image|>": config.image_token_id}
+        named |= {"<image|>": config.eoi_token_id, "<|video|>": config.video_token_id}
+    if config.audio:
+        named |= {"<|audio>": config.boa_token_id, "<|audio|>": config.audio_token_id}
+        named |= {"<audio|>": config.eoa_token_id}
+    for token, told in named.items():
+        found = tokenizer.token_id(token)
+        if found != told:
+            raise CheckpointError(
+                f"config.json says that {token} is token {told}, but tokenizer.json has it as {found}"
+            )
+
+
 def _split(text: str, marks: tuple[str, ...]) -> list[str]:
     """text cut before and after each mark."""
     parts, rest = [], text

@@ -114,6 +114,10 @@ BAD = {
         {"text_config__per_layer_config": {"0": {"head_dim": 4}, "5": {"head_dim": 16}}},
         "changes a sliding layer",
     ),
+    "scaled rope": (
+        {"text_config__rope_parameters": {FULL: {"rope_type": "proportional", "rope_theta": 1e6, "factor": 8.0}}},
+        "rope factor 8.0",
+    ),
     "per-layer key unknown": ({"text_config__per_layer_config": {"5": {"experts": 4}}}, "experts"),
 }
 
@@ -137,6 +141,9 @@ def test_generation_config_is_honoured(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": [3], "suppress_tokens": []}')
     settings = GenerationConfig.from_folder(tmp_path, ModelConfig.from_hf(TINY))
     assert (settings.temperature, settings.eos_token_ids, settings.suppress_tokens) == (0.5, (3,), ())
+    (tmp_path / "generation_config.json").write_text('{"temperature": null, "min_p": 0.1, "repetition_penalty": 1.2}')
+    settings = GenerationConfig.from_folder(tmp_path, ModelConfig.from_hf(TINY))
+    assert (settings.temperature, settings.min_p, settings.repetition_penalty) == (1.0, 0.1, 1.2)
 
 
 def test_processor_budgets(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from iolite.errors import MessageError
-from iolite.messages import Attachment, normalise
+from iolite.messages import Attachment, check_tools, normalise
 
 
 def content_of(*parts):
@@ -106,6 +106,9 @@ BAD = {
         [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
         "arguments must be a JSON object",
     ),
+    "calls that are no list": ([{"role": "assistant", "tool_calls": 5}], "tool_calls must be a list, not int"),
+    "type that is no text": ([{"role": "user", "content": [{"type": ["image"]}]}], r"has the type \['image'\]"),
+    "result that is no JSON": ([{"role": "tool", "content": {"a": {1}}}], "JSON has no form for"),
     "call without a name": ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "no function with a name"),
 }
 
@@ -115,3 +118,14 @@ def test_bad_messages_are_refused_and_named(case):
     messages, words = BAD[case]
     with pytest.raises(MessageError, match=words):
         normalise(messages)
+
+
+@pytest.mark.parametrize("tools", [5, "add", {"name": "add"}, [5], ["add"], [{}], [{"function": 5}], [{"name": 1}]])
+def test_bad_tools_are_refused(tools):
+    with pytest.raises(MessageError, match="tool"):
+        check_tools(tools)
+
+
+def test_tools_in_either_form():
+    check_tools([{"type": "function", "function": {"name": "add"}}, {"name": "add"}])
+    check_tools(None)

@@ -131,6 +131,24 @@ def test_official_checkpoints_take_the_five_budgets_only(builder):
         builder.build(user(image(RED)), image_tokens=65)
 
 
+@pytest.mark.parametrize("tokens", [65, 5000])
+def test_the_budget_of_a_videos_frames_is_checked_too(builder, tokens):
+    with pytest.raises(UsageError, match="from 1 to 64"):
+        builder.build(user({"type": "video", "video": [RED], "max_soft_tokens": tokens}))
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+@pytest.mark.parametrize("source", [5, [5], {"path": 5}, 0.5, object(), np.zeros((), np.uint8)])
+def test_what_no_media_can_be_read_from(builder, kind, source):
+    with pytest.raises((MediaError, MessageError)):
+        builder.build(user({"type": kind, kind: source}))
+
+
+def test_bad_tools(builder):
+    with pytest.raises(MessageError, match="tool 0 has no function"):
+        builder.build("what is this?", tools=[5])
+
+
 def test_pil_images_and_bytes_are_the_same_picture(builder, tmp_path):
     Image.fromarray(RED).save(tmp_path / "red.png")
     spans = builder.build(

@@ -32,7 +32,7 @@ from iolite.generate.reply import Reply
 from iolite.generate.sampling import SamplingParams
 from iolite.generate.stream import ReplyStream
 from iolite.model.unified import Unified
-from iolite.prompt import Prompt, PromptBuilder
+from iolite.prompt import Prompt, PromptBuilder, check_tokenizer
 from iolite.text.stream import TokenStream
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
@@ -80,6 +80,8 @@ def load(
     parameters = sum(_product(shape) for shape in expected_shapes(config).values())
     choice = choose(device, dtype, config.dtype, parameters)
     _check_kv(kv, choice)
+    tokenizer = Tokenizer.from_folder(folder)
+    check_tokenizer(tokenizer, config)
     config, network = load_folder(folder, dtype=choice.dtype, device=choice.device)
     return Model(
         name=str(path),
@@ -87,7 +89,7 @@ def load(
         network=network.eval().requires_grad_(False),
         choice=choice,
         builder=PromptBuilder(
-            Tokenizer.from_folder(folder),
+            tokenizer,
             ChatTemplate.from_folder(folder),
             config,
             ProcessorConfig.from_folder(folder, config),

@@ -8,7 +8,8 @@ repetition penalty, suppressed tokens, temperature, top-k, top-p, min-p. Shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,10 +77,16 @@ class SamplingParams:
             if not isinstance(asked["logit_bias"], Mapping):
                 raise UsageError("logit_bias is not an object", "it maps token ids to what is added to their logits")
             asked["logit_bias"] = {_token_id(i): value for i, value in asked["logit_bias"].items()}
+        if "stop_ids" in asked:
+            asked["stop_ids"] = frozenset(_token_ids("stop_ids", asked["stop_ids"]))
+        if "suppress_tokens" in asked:
+            asked["suppress_tokens"] = _token_ids("suppress_tokens", asked["suppress_tokens"])
         base = cls(
             temperature=defaults.temperature if defaults.do_sample else 0.0,
             top_k=defaults.top_k,
             top_p=defaults.top_p,
+            min_p=defaults.min_p,
+            repetition_penalty=defaults.repetition_penalty,
             suppress_tokens=defaults.suppress_tokens,
             stop_ids=frozenset(defaults.eos_token_ids),
         )
@@ -96,9 +103,18 @@ def _strings(stop: Any) -> tuple[str, ...]:
 
 def _token_id(key: Any) -> int:
     try:
-        return int(key)
+        return int(key) if isinstance(key, str) else operator.index(key)
     except (TypeError, ValueError):
         raise UsageError(f"logit_bias has the key {key!r}", "its keys are token ids") from None
+
+
+def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise UsageError(f"{name} is {ids!r}", "give a list of token ids")
+    found = tuple(ids)
+    for token in found:
+        _check_count(f"a token id in {name}", token, 0)
+    return found
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:

@@ -70,11 +70,13 @@ class ReplyStream:
             ended = drawn.id in self._decoding.params.stop_ids
             self._reasoning_tokens += not ended and self._parser.mode == "reasoning"
             events = [] if ended else self._parser.push(drawn.id)
+            # Some checkpoints' settings do not name every token that ends a turn; nothing after one could be shown.
+            over = self._parser.mode == "ended"
             if drawn.finish_reason:
                 events += self._parser.finish()
             for event in events:
                 yield from self._take(event)
-            if self._stops.found:
+            if self._stops.found or over:
                 reason = "stop"
                 break
         yield from self._show(self._stops.flush())

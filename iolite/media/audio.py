@@ -28,7 +28,7 @@ def decode_audio(
 
     source: a path, a data: URI or bytes in any of `child.CONTAINERS` (also the sound of a video), decoded in a child
         process; or an array, [samples] or [samples, channels] or [channels, samples] (the longer side is time), float
-        in [-1, 1] or a whole-number type over its full range, with its rate in `sampling_rate_in`.
+        in [-1, 1] or whole numbers of up to 32 bits over their full range, with its rate in `sampling_rate_in`.
     media_root, allow_urls: see `fetch.read_source`. Raises MediaError, also for a sound of no samples.
     """
     if isinstance(source, np.ndarray):
@@ -57,10 +57,12 @@ def _from_array(array: np.ndarray, rate: int | None, limits: Limits) -> np.ndarr
         raise worker.media_error("audio", "the sound", limits, "empty", {})
     channels = np.atleast_2d(array)  # [channels, samples], or its transpose
     channels = channels if channels.shape[0] <= channels.shape[-1] else channels.T
-    if array.ndim not in (1, 2) or channels.shape[0] > 8 or array.dtype.kind not in "fiu":
+    # No sound has 64-bit whole numbers, but they are NumPy's own choice: over that range any sound would be silence.
+    known = array.dtype.kind == "f" or (array.dtype.kind in "iu" and array.dtype.itemsize <= 4)
+    if array.ndim not in (1, 2) or channels.shape[0] > 8 or not known:
         raise MediaError(
             f"an array of {array.dtype} {list(array.shape)} is not a sound",
-            "give numbers as [samples] or [samples, channels], with at most 8 channels",
+            "give floats or whole numbers of up to 32 bits, as [samples] or [samples, channels], at most 8 channels",
         )
     if rate is None:
         raise MediaError("the sound is an array, and its sampling rate is not given", "give its sampling_rate, in Hz")

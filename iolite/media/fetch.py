@@ -49,6 +49,11 @@ def read_source(
     allow_urls: whether http(s) URLs are fetched. They are refused otherwise: a URL from a stranger can name a service
         of the network that this machine stands in. When allowed, still only public addresses are, without redirects.
     """
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        raise MediaError(
+            f"{type(source).__name__} is nothing that a {NOUNS[kind]} can be read from",
+            "give a path, a data: URI, bytes, a NumPy array or, for a picture, a PIL image",
+        )
     label = label_of(source, kind)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)

@@ -21,6 +21,7 @@ from iolite.media.limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["Video", "decode_video", "sample_indices", "timestamp_text"]
 
+_FILES = (str, os.PathLike, bytes, bytearray, memoryview)
 DEFAULT_FPS = 24.0  # of a list of frames whose rate nobody told: as in Transformers
 
 
@@ -56,7 +57,12 @@ def decode_video(
     """
     if num_frames < 1 or (fps is not None and not 0 < fps < math.inf):
         raise MediaError("a video needs one frame at least, and more than 0 frames per second")
-    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+    if (isinstance(source, np.ndarray) and not source.ndim) or not isinstance(source, (*_FILES, Sequence, np.ndarray)):
+        raise MediaError(
+            f"{type(source).__name__} is nothing that a video can be read from",
+            "give a path, a data: URI, bytes, or the frames as a list or an array [frames, height, width, 3]",
+        )
+    if not isinstance(source, _FILES):
         return _from_frames(source, fps or DEFAULT_FPS, limits, media_root, allow_urls)
     data = read_source(source, kind="video", limits=limits, media_root=media_root, allow_urls=allow_urls)
     label = label_of(source, "video")

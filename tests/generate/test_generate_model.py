@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from support.folder import random_folder
 
 import iolite
-from iolite.errors import ContextError, DownloadError, MediaError, MessageError, UsageError
+from iolite.errors import CheckpointError, ContextError, DownloadError, MediaError, MessageError, UsageError
 from iolite.text.stream import ContentDelta, ReasoningDelta, ToolCallEnd, ToolCallStart
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds", "parameters": {"type": "object"}}}]
@@ -79,6 +80,23 @@ def test_dtype_and_context_are_obeyed(folder):
 def test_what_is_not_available_is_refused_by_name(folder, setting, named):
     with pytest.raises(UsageError, match=named):
         iolite.load(folder, **setting)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"image_token_id": 400}, r"<\|image\|> is token 400"),
+        ({"text_config": {"bos_token_id": 500_000}}, "<bos> is token 500000"),
+        ({"text_config": {"vocab_size": 455}}, "but config.json has 455"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, config, named):
+    other = shutil.copytree(folder, tmp_path / "other")
+    data = json.loads((other / "config.json").read_text())
+    data["text_config"] |= config.pop("text_config", {})
+    (other / "config.json").write_text(json.dumps(data | config))
+    with pytest.raises(CheckpointError, match=named):
+        iolite.load(other)
 
 
 def test_a_model_that_is_not_here_is_an_error_with_a_hint():
@@ -222,6 +240,13 @@ def test_stop_strings_act_on_the_answer_only(model, script):
     script("<|channel>thought\nthe red\n<channel|>a red circle")
     reply = model.chat("what", thinking=True, temperature=0, stop=["red"])
     assert (reply.text, reply.reasoning, reply.finish_reason) == ("a ", "the red", "stop")
+
+
+def test_the_end_of_a_turn_ends_the_answer_whatever_the_stop_tokens_are(model, script):
+    script("red<turn|>" + "blue" * 20)
+    reply = model.chat("what", temperature=0, stop_ids=[model.tokenizer.token_id("<eos>")], max_tokens=15)
+    assert (reply.text, reply.finish_reason, reply.notice) == ("red", "stop", None)
+    assert reply.usage.completion_tokens < 15
 
 
 def test_a_stop_string_that_never_comes_takes_nothing_away(model, script):

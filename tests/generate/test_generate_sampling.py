@@ -160,6 +160,12 @@ def test_half_precision_logits_are_shaped_in_float32():
         ({"logit_bias": {-1: 1.0}}, "logit_bias"),
         ({"logit_bias": {1: math.inf}}, "logit_bias"),
         ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+        ({"logit_bias": {1.5: 1.0}}, "logit_bias"),
+        ({"stop_ids": 5}, "stop_ids"),
+        ({"stop_ids": ["x"]}, "stop_ids"),
+        ({"suppress_tokens": 5}, "suppress_tokens"),
+        ({"suppress_tokens": "57"}, "suppress_tokens"),
+        ({"suppress_tokens": [1.5]}, "suppress_tokens"),
         ({"temprature": 1.0}, "temprature"),
     ],
 )
@@ -175,6 +181,8 @@ def test_what_is_not_asked_for_is_the_checkpoints_own():
     assert params.stop_ids == {1, 9}
     assert (params.suppress_tokens, params.stop, params.logit_bias) == ((4,), ("x",), {7: 1})
     assert SamplingParams.from_defaults(GenerationConfig(do_sample=False)).temperature == 0
+    params = SamplingParams.from_defaults(GenerationConfig(min_p=0.1, repetition_penalty=1.2))
+    assert (params.min_p, params.repetition_penalty) == (0.1, 1.2)
 
 
 def test_a_bias_outside_the_vocabulary_is_refused():

@@ -193,6 +193,8 @@ def test_arrays_that_are_no_sound() -> None:
         decode_audio(np.zeros(100), sampling_rate_in=16)
     with pytest.raises(MediaError, match="is not a sound"):
         decode_audio(np.zeros((20, 20)), sampling_rate_in=16000)
+    with pytest.raises(MediaError, match="an array of int64"):
+        decode_audio(np.array([1000, -1000] * 100, np.int64), sampling_rate_in=16000)
     with pytest.raises(MediaError, match="not numbers"):
         decode_audio(np.array([0.0, np.nan, 0.0]), sampling_rate_in=16000)
 
