@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test test-fast lint format clean
+.PHONY: help run test test-fast lint format docs clean
 
 help:
 	@echo "make run        install iolite into .venv and let the embedded model look and listen"
 	@echo "make test       lint, types and the whole test suite"
 	@echo "make test-fast  the test suite without its slow part"
 	@echo "make lint       ruff and mypy;  make format: let ruff format"
+	@echo "make docs       write docs/reference from the commands' help and the docstrings"
 
 run: .venv/.iolite
 	$(BIN)/iolite run nano "What number is this?" --image docs/demo/number.png
@@ -29,6 +30,9 @@ lint: .venv/.dev
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.dev
+	$(BIN)/python docs/reference/generate.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

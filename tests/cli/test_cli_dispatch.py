@@ -26,6 +26,9 @@ def command(monkeypatch):
     return put
 
 
+HEAVY = ("torch", "transformers", "numpy", "PIL", "av", "rich", "tokenizers", "jinja2", "huggingface_hub")
+
+
 def processor_seconds():
     """What the processes that this one started have used, in all."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -40,7 +43,7 @@ def run(*arguments, **options):
 def test_help_is_quick_and_imports_neither_torch_nor_a_command():
     code = (
         "import sys; from iolite.cli import run_command; code = run_command(['--help']); "
-        "print([m for m in sys.modules if m in ('torch', 'numpy', 'rich') or m.startswith('iolite.cli.')]); "
+        f"print([m for m in sys.modules if m in {HEAVY} or m.startswith('iolite.cli.')]); "
         "sys.exit(code)"
     )
     begin = processor_seconds()
@@ -51,6 +54,16 @@ def test_help_is_quick_and_imports_neither_torch_nor_a_command():
         assert line.split()[0] in done.stdout
     assert done.stdout.endswith("[]\n")
     assert seconds < 0.3  # 0.05 s where it was written; processor time, since a busy machine keeps us waiting
+
+
+def test_the_help_of_a_command_imports_nothing_heavy_either():
+    code = (
+        "import sys; from iolite.cli import COMMANDS, run_command; "
+        "codes = {run_command([name, '--help']) for name in COMMANDS}; "
+        f"print(codes, [m for m in sys.modules if m in {HEAVY}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("{0} []\n")
 
 
 def test_no_arguments_is_help(capsys):
