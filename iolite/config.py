@@ -183,7 +183,7 @@ class ModelConfig:
             used = {k: v for k, v in used.items() if k in ("audio_token_id", "boa_token_id", "eoa_token_id")}
         if not self.audio:
             used = {k: v for k, v in used.items() if k not in ("audio_token_id", "boa_token_id", "eoa_token_id")}
-        for name, value in used.items():
+        for name, value in {**used, "pad_token_id": self.text.pad_token_id}.items():
             if value >= self.text.vocab_size:
                 raise ConfigError(f"config.json: {name} is {value}, outside the vocabulary of {self.text.vocab_size}")
         if len(set(used.values())) != len(used):

@@ -105,6 +105,7 @@ BAD = {
     "infinite epsilon": ({"text_config__rms_norm_eps": float("inf")}, "rms_norm_eps"),
     "negative window": ({"text_config__sliding_window": -1}, "sliding_window"),
     "media token outside the vocabulary": ({"image_token_id": 96}, "outside the vocabulary"),
+    "padding outside the vocabulary": ({"text_config__pad_token_id": 96}, "pad_token_id is 96, outside"),
     "two media tokens alike": ({"image_token_id": 16}, "same id"),
     "projection of another width": ({"vision_config__output_proj_dims": 47}, "output_proj_dims"),
     "patch of another size": ({"vision_config__model_patch_size": 32}, "model_patch_size"),

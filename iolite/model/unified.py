@@ -35,8 +35,13 @@ class Unified(nn.Module):
         return self.language_model(self.embed(ids, batch.media), batch)
 
     def embed(self, ids: Tensor, media: Media) -> Tensor:
-        """Text embeddings with the soft tokens of media put in the placeholders' rows (unscaled)."""
-        x = self.language_model.embed(ids)
+        """Text embeddings with the soft tokens of media put in the placeholders' rows (unscaled).
+
+        A placeholder that no media stand behind, one that the model itself has drawn, is padding, as in the reference.
+        """
+        c = self.config
+        placeholder = (ids == c.image_token_id) | (ids == c.audio_token_id) | (ids == c.video_token_id)
+        x = self.language_model.embed(ids.masked_fill(placeholder, c.text.pad_token_id))
         flat = x.flatten(0, -2)
         if media.pixels is not None and media.positions is not None and media.pixel_index is not None:
             soft = self.embed_vision(self.vision_embedder(media.pixels, media.positions))

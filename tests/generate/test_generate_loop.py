@@ -52,6 +52,16 @@ def test_greedy_text_is_transformers_generate(load_tiny):
     assert drawn(load_tiny("published"), prompt) == reference[0, len(prompt.ids) :].tolist()
 
 
+@pytest.mark.parametrize("name", ["image_token_id", "video_token_id", "audio_token_id"])
+def test_a_placeholder_without_media_is_read_as_transformers_reads_it(load_tiny, name):
+    from support.tiny import reference_model
+
+    ids = [2, 30, 31, MEDIA_TOKENS[name], 40, 41]
+    with torch.inference_mode():
+        expected = reference_model("published")(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(prompt_logits(load_tiny("published"), Prompt(ids, "")), expected, atol=1e-4, rtol=0)
+
+
 def test_greedy_over_media_is_the_argmax_of_the_whole_sequence_computed_again_for_every_token(load_tiny):
     network, prompt = load_tiny("real-media"), media_prompt()
     ids = list(prompt.ids)
