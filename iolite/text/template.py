@@ -197,6 +197,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"tojson": _to_json, "metered": _metered, "written": _written}
         self.filters |= {name: _narrow(self.filters[name]) for name in ("center", "format", "indent")}
         self.globals["raise_exception"] = _raise
+        del self.globals[
+            "lipsum"
+        ]  # Jinja's blind text, of any length in one call: no template of a chat has use for it
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)

@@ -190,6 +190,8 @@ def test_environment():
     )
     text = ChatTemplate(source).render([{"role": "skip"}, user("<é>"), user("b")])
     assert text == '2/3 "<é>"\n03'
+    with pytest.raises(MessageError, match="lipsum"):
+        ChatTemplate("{{ lipsum(n=100000) }}").render([user("a")])
     with pytest.raises(MessageError, match="no way"):
         ChatTemplate("{{ raise_exception('no way') }}").render([user("a")])
 
