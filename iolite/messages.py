@@ -80,6 +80,9 @@ def _message(message: Mapping[str, Any], where: str, attachments: list[Attachmen
     if calls:
         if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
             raise MessageError(f"{where}: tool_calls must be a list, not {type(calls).__name__}")
+        if isinstance(content, list) and any(part["type"] != "text" for part in content):
+            # Templates write the content after the calls' results, whose media would then change places with these.
+            raise MessageError(f"{where} has both media and tool_calls", "make two messages of it")
         result["tool_calls"] = [_tool_call(c, f"{where}, tool call {i}") for i, c in enumerate(calls)]
     return result
 

@@ -107,6 +107,16 @@ BAD = {
         "arguments must be a JSON object",
     ),
     "calls that are no list": ([{"role": "assistant", "tool_calls": 5}], "tool_calls must be a list, not int"),
+    "media beside calls": (
+        [
+            {
+                "role": "assistant",
+                "content": [{"type": "image", "image": "a"}],
+                "tool_calls": [{"function": {"name": "f"}}],
+            }
+        ],
+        "has both media and tool_calls",
+    ),
     "type that is no text": ([{"role": "user", "content": [{"type": ["image"]}]}], r"has the type \['image'\]"),
     "result that is no JSON": ([{"role": "tool", "content": {"a": {1}}}], "JSON has no form for"),
     "call without a name": ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "no function with a name"),
