@@ -58,9 +58,15 @@ def pull(hub, tmp_path):
         env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
         env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
         command = [sys.executable, "-c", code, "pull", *arguments]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=_heed_interrupts
+        )
 
     return start
+
+
+def _heed_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts what it runs in the background deaf to SIGINT
 
 
 def finish(process):

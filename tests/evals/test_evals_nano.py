@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import iolite
+from iolite.checkpoint.folder import load_folder
+from iolite.checkpoint.safetensors import SafetensorsFile
 from iolite.cli import run_command
 from iolite.errors import UsageError
 from iolite.evals import nano
@@ -107,8 +109,11 @@ def test_a_run_is_not_begun_twice_and_can_be_exported_as_it_stands(
     assert "--resume" in capsys.readouterr().err
     assert run_command(["train", "export", str(trained), str(tmp_path / "m"), "--weights", "averaged"]) == 0
     assert "averaged" in capsys.readouterr().err
-    for name in ("model.safetensors", "config.json"):  # the average begins as the weights
-        assert (tmp_path / "m" / name).read_bytes() == (trained / "model" / name).read_bytes()
+    assert (tmp_path / "m" / "config.json").read_bytes() == (trained / "model" / "config.json").read_bytes()
+    _, model = load_folder(tmp_path / "m", dtype=None, device="cpu")
+    state = SafetensorsFile(trained / "state.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state.tensor(f"average.{name}").to(torch.bfloat16))
     assert run_command(["train", "export", str(tmp_path), str(tmp_path / "n")]) == 2
 
 
@@ -158,7 +163,7 @@ def test_weights_are_few_and_begin_at_unit_scale(trained: Path) -> None:
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
     kinds = {recipe.kind_of_weight(name) for name, _ in model.named_parameters()}
     assert kinds == set(recipe.RATES)
-    q = model.language_model.layers[0].self_attn.q_norm.weight
+    q = model.language_model.layers[0].self_attn.q_norm.weight.detach()
     assert float(q[0]) == pytest.approx(64**-0.25)
     with torch.no_grad():
         again = Unified(config)
