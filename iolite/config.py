@@ -183,9 +183,9 @@ class ModelConfig:
             used = {k: v for k, v in used.items() if k in ("audio_token_id", "boa_token_id", "eoa_token_id")}
         if not self.audio:
             used = {k: v for k, v in used.items() if k not in ("audio_token_id", "boa_token_id", "eoa_token_id")}
-        for name, value in {**used, "pad_token_id": self.text.pad_token_id}.items():
-            if value >= self.text.vocab_size:
-                raise ConfigError(f"config.json: {name} is {value}, outside the vocabulary of {self.text.vocab_size}")
+        pad, size = self.text.pad_token_id, self.text.vocab_size
+        if pad >= size:  # every placeholder is embedded as padding; its own id may lie outside, as in the reference
+            raise ConfigError(f"config.json: pad_token_id is {pad}, outside the vocabulary of {size}")
         if len(set(used.values())) != len(used):
             raise ConfigError("config.json: two media tokens have the same id")
 
@@ -260,18 +260,18 @@ class GenerationConfig:
 
     @classmethod
     def from_folder(cls, folder: Path, model: ModelConfig) -> GenerationConfig:
-        """Defaults where the file is absent: the card's sampling, the config's end token, eoi and eoa suppressed."""
+        """Where the file is absent: the card's sampling, the config's end token, eoi and eoa suppressed. Where it is
+        there and silent: Transformers' defaults, which are greedy decoding, top_p 1 and top_k 50."""
         path = Path(folder) / "generation_config.json"
-        data = read_json(path) if path.is_file() else {}
-        suppress = [model.eoi_token_id, model.eoa_token_id]
-        suppress = data.get("suppress_tokens", suppress) or []
+        data = read_json(path) if path.is_file() else {"do_sample": True, "top_p": 0.95, "top_k": 64}
+        suppress = data.get("suppress_tokens", [model.eoi_token_id, model.eoa_token_id]) or []
         if not isinstance(suppress, list) or any(type(i) is not int for i in suppress):
             raise ConfigError(f"generation_config.json: suppress_tokens must be a list of token ids, not {suppress!r}")
         return cls(
-            do_sample=_flag(data, "do_sample", True),
+            do_sample=_flag(data, "do_sample", False),
             temperature=_number(data, "temperature", 1.0, 0.0),
-            top_p=_number(data, "top_p", 0.95, 0.0),
-            top_k=_count(data, "top_k", 64, 0),
+            top_p=_number(data, "top_p", 1.0, 0.0),
+            top_k=_count(data, "top_k", 50, 0),
             min_p=_number(data, "min_p", 0.0, 0.0),
             repetition_penalty=_number(data, "repetition_penalty", 1.0, 1e-6),
             eos_token_ids=_ids(data.get("eos_token_id", list(model.eos_token_ids))),
@@ -308,9 +308,9 @@ class ProcessorConfig:
         )
         image_max = _count(image, "max_soft_tokens", model.vision.num_soft_tokens if model.vision else 280, 1)
         video_max = _count(video, "max_soft_tokens", min(70, image_max), 1)
-        rate = _count(audio, "sampling_rate", 16_000, 1)
-        if rate != 16_000:
-            raise ConfigError(f"processor_config.json: sampling_rate is {rate}; only 16000 is supported")
+        for name, section in (("image", image), ("video", video)):
+            _check_pixels(f"{name}_processor", section, model.vision)
+        _check_sound(audio, model.audio)
         spoken = data.get("transcribe_prompt")
         if spoken is not None and not isinstance(spoken, str):
             raise ConfigError(f"processor_config.json: transcribe_prompt must be a text, not {spoken!r}")
@@ -518,6 +518,27 @@ def _audio_config(data: Mapping[str, Any] | None) -> AudioConfig | None:
         if data.get(key, size) != size:
             raise ConfigError(f"config.json: audio_config.{key} is {data[key]!r}, but audio_embed_dim is {size}")
     return AudioConfig(audio_embed_dim=size, rms_norm_eps=_number(data, "rms_norm_eps", 1e-6, 0.0))
+
+
+def _check_pixels(name: str, section: Mapping[str, Any], vision: VisionConfig | None) -> None:
+    """ConfigError for a way of making pixels that is not the family's: bicubic, divided by 255, not normalised."""
+    sizes = {} if vision is None else {k: getattr(vision, k) for k in ("patch_size", "pooling_kernel_size")}
+    fixed = {"do_resize": True, "do_rescale": True, "resample": 3, **sizes}
+    if section.get("do_normalize"):
+        fixed |= {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
+    for key, value in fixed.items():
+        if section.get(key) not in (None, value):
+            raise ConfigError(f"processor_config.json: {name}.{key} is {section[key]!r}; only {value!r} is supported")
+    factor = _number(section, "rescale_factor", 1 / 255, 0.0)
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ConfigError(f"processor_config.json: {name}.rescale_factor is {factor}; only 1/255 is supported")
+
+
+def _check_sound(section: Mapping[str, Any], audio: AudioConfig | None) -> None:
+    size = audio.audio_samples_per_token if audio else None
+    for key, value in (("sampling_rate", 16_000), ("feature_size", size), ("audio_samples_per_token", size)):
+        if value is not None and section.get(key) not in (None, value):
+            raise ConfigError(f"processor_config.json: {key} is {section[key]!r}; this model needs {value}")
 
 
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

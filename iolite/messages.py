@@ -41,6 +41,7 @@ class Attachment:
     max_soft_tokens: int | None = None  # of this picture or of each frame
     num_frames: int | None = None
     fps: float | None = None
+    sound: bool = False  # of a video: hear its sound track too
 
 
 def normalise(messages: str | Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Attachment]]:
@@ -134,7 +135,15 @@ def _attachment(part: Mapping[str, Any], where: str, kind: str, keys: Sequence[s
         max_soft_tokens=_whole(settings, "max_soft_tokens", where),
         num_frames=_whole(settings, "num_frames", where),
         fps=_positive(settings, "fps", where),
+        sound=_switch(settings, "sound", where),
     )
+
+
+def _switch(settings: Mapping[str, Any], key: str, where: str) -> bool:
+    value = settings.get(key, False)
+    if not isinstance(value, bool):
+        raise MessageError(f"{where}: {key} must be true or false, not {value!r}")
+    return value
 
 
 def _whole(settings: Mapping[str, Any], key: str, where: str) -> int | None:

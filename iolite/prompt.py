@@ -160,7 +160,8 @@ class PromptBuilder:
             **where,
         )
         budget = attachment.max_soft_tokens or self.processor.video_max_soft_tokens
-        return self._video(video, self._budget("max_soft_tokens of a video", budget))
+        hear = attachment.sound and self.config.audio is not None
+        return self._video(video, self._budget("max_soft_tokens of a video", budget), hear)
 
     def image_budget(self, asked: int | None) -> int:
         """The most tokens that one picture becomes; UsageError for a number that this checkpoint does not know."""
@@ -206,12 +207,17 @@ class PromptBuilder:
         span = Span("audio", 0, len(frames), frames, None, _digest("audio", frames, None))
         return self._bracket("audio", len(frames)), [span]
 
-    def _video(self, video: Video, budget: int) -> tuple[str, list[Span]]:
+    def _video(self, video: Video, budget: int, sound: bool) -> tuple[str, list[Span]]:
+        """Stamped frames as in the reference, then, if asked for, the whole sound track as one recording."""
         texts, spans = [], []
         for frame, seconds in zip(video.frames, video.timestamps, strict=True):
             text, (span,) = self._picture(frame, "video", budget)
             texts.append(f"{timestamp_text(seconds)} {text}")
             spans.append(span)
+        if sound and video.audio is not None:
+            text, own = self._sound(video.audio)
+            texts.append(text)
+            spans += own
         return " ".join(texts), spans
 
 

@@ -104,7 +104,6 @@ BAD = {
     "odd heads": ({"text_config__head_dim": 7}, "even"),
     "infinite epsilon": ({"text_config__rms_norm_eps": float("inf")}, "rms_norm_eps"),
     "negative window": ({"text_config__sliding_window": -1}, "sliding_window"),
-    "media token outside the vocabulary": ({"image_token_id": 96}, "outside the vocabulary"),
     "padding outside the vocabulary": ({"text_config__pad_token_id": 96}, "pad_token_id is 96, outside"),
     "two media tokens alike": ({"image_token_id": 16}, "same id"),
     "projection of another width": ({"vision_config__output_proj_dims": 47}, "output_proj_dims"),
@@ -136,6 +135,46 @@ def test_generation_defaults_suppress_the_closing_media_tokens(tmp_path):
     assert set(settings.suppress_tokens) == {12, 15}
     assert settings.eos_token_ids == (1, 17)
     assert (settings.temperature, settings.top_p, settings.top_k) == (1.0, 0.95, 64)
+
+
+def test_a_placeholder_outside_the_vocabulary_is_legal():
+    """It is embedded as padding, so Transformers takes such a config too."""
+    assert ModelConfig.from_hf(changed(image_token_id=258_880)).image_token_id == 258_880
+
+
+def test_a_silent_generation_config_means_what_it_means_to_transformers(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{}")
+    settings = GenerationConfig.from_folder(tmp_path, ModelConfig.from_hf(TINY))
+    assert (settings.do_sample, settings.top_p, settings.top_k) == (False, 1.0, 50)
+
+
+PROCESSORS = {
+    "bilinear": ({"image_processor": {"resample": 2}}, "image_processor.resample is 2"),
+    "normalised": ({"image_processor": {"do_normalize": True, "image_mean": [0.5] * 3}}, "image_mean"),
+    "other patches": ({"video_processor": {"patch_size": 14}}, "video_processor.patch_size is 14"),
+    "not rescaled": ({"image_processor": {"do_rescale": False}}, "do_rescale is False"),
+    "rescaled by another": ({"image_processor": {"rescale_factor": 0.5}}, "rescale_factor is 0.5"),
+    "8 kHz": ({"feature_extractor": {"sampling_rate": 8000}}, "sampling_rate is 8000"),
+    "other frames": ({"feature_extractor": {"feature_size": 640}}, "feature_size is 640; this model needs 24"),
+}
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_other_ways_to_make_pixels_and_frames_are_refused(tmp_path, case):
+    data, words = PROCESSORS[case]
+    (tmp_path / "processor_config.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=words):
+        ProcessorConfig.from_folder(tmp_path, ModelConfig.from_hf(TINY))
+
+
+def test_the_published_processor_is_read(tmp_path):
+    pixels = {"patch_size": 16, "pooling_kernel_size": 3, "do_resize": True, "rescale_factor": 0.00392156862745098}
+    data = {
+        "image_processor": {**pixels, "max_soft_tokens": 280, "do_normalize": False, "resample": 3},
+        "video_processor": {**pixels, "max_soft_tokens": 70, "do_normalize": True, "image_mean": [0.0] * 3},
+    }
+    (tmp_path / "processor_config.json").write_text(json.dumps(data))
+    assert ProcessorConfig.from_folder(tmp_path, ModelConfig.from_hf(TINY)).image_max_soft_tokens == 280
 
 
 def test_generation_config_is_honoured(tmp_path):

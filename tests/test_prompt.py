@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from support.media import encode_video, numbered_frames, tone
 
 from iolite.config import ProcessorConfig
 from iolite.errors import CheckpointError, MediaError, MessageError, UsageError
@@ -85,6 +86,16 @@ def test_video_is_stamped_frames_with_a_pictures_begin_and_end(builder):
     assert f"00:00 {begin}{mark}{end} 00:02 {begin}{mark}{end} 00:04 {begin}{mark}{end}" in expanded(builder, prompt)
     assert [s.kind for s in prompt.spans] == ["video"] * 3
     assert sorted(set(prompt.blocks().tolist())) == [0, 1, 2, 3]  # each frame is a block of its own
+
+
+def test_the_sound_of_a_video_follows_its_frames_when_asked_for(builder):
+    clip = encode_video(numbered_frames(4), 8, sound=tone(48_000, 0.5))
+    silent = builder.build(user({"type": "video", "video": clip}))
+    heard = builder.build(user({"type": "video", "video": clip, "sound": True}))
+    assert [s.kind for s in silent.spans] == ["video"] * 4  # as the reference does
+    assert [s.kind for s in heard.spans] == ["video"] * 4 + ["audio"]
+    assert [s.digest for s in heard.spans[:4]] == [s.digest for s in silent.spans]
+    assert "<image|> <|audio>" in expanded(builder, heard)
 
 
 def test_order_as_written_across_messages(builder):

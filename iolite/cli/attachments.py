@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from iolite.errors import MediaError
 
 ENDINGS = {
-    "image": "png jpg jpeg webp gif bmp tif tiff heic heif avif",
+    "image": "png jpg jpeg webp gif bmp tif tiff avif",
     "audio": "wav mp3 flac ogg oga opus m4a aac wma aiff aif",
     "video": "mp4 m4v mov mkv webm avi mpg mpeg",
 }
@@ -44,7 +44,8 @@ class Attachment:
 
     def part(self) -> dict[str, Any]:
         """The content part of a message."""
-        return {"type": self.kind, self.kind: self.source}
+        sound = {"sound": True} if self.kind == "video" else {}  # who shows a video means what is said in it too
+        return {"type": self.kind, self.kind: self.source, **sound}
 
 
 def kind_of(path: str) -> str | None:

@@ -282,6 +282,8 @@ class Model:
         outside = [i for i in (*params.logit_bias, *params.suppress_tokens, *params.stop_ids) if not 0 <= i < size]
         if outside:
             raise UsageError(f"token {outside[0]} is outside the vocabulary of {size}")
+        if len(set(params.suppress_tokens)) == size:
+            raise UsageError("every token of the vocabulary is suppressed")
         return params
 
     def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:

@@ -178,7 +178,6 @@ TABLE = {
     "number: heads that cannot be shared": (in_config(text__num_key_value_heads=3), "cannot share"),
     "number: odd head": (in_config(text__head_dim=15), "even"),
     "number: infinite epsilon": (in_config(text__rms_norm_eps=float("inf")), "rms_norm_eps"),
-    "number: media token outside": (in_config(image_token_id=5000), "outside the vocabulary"),
     "number: wider than the weights": (in_config(text__intermediate_size=137), "has the shape"),
     "weights: missing": (without(WEIGHTS), "holds no weights"),
     "weights: empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "too short"),
