@@ -29,7 +29,10 @@ def command() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of glyphs and speech; by default OUT/store.",
 )
-@click.option("--processes", type=click.IntRange(1, 64), default=2, show_default=True, help="Each on one thread.")
+@click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:N or mps; by default the fastest there is.")
+@click.option(
+    "--processes", type=click.IntRange(1, 64), help="Each on one thread; 2 if not given, and only 1 on a GPU."
+)
 @click.option("--rows", type=click.IntRange(min=1), default=48, show_default=True, help="Samples of a step.")
 @click.option(
     "--fresh", type=Number(0, 1), default=1.0, show_default=True, help="Share of new samples; others are seen again."
@@ -49,7 +52,8 @@ def nano(
     minutes: float,
     resume: bool,
     store: Path | None,
-    processes: int,
+    device: str | None,
+    processes: int | None,
     rows: int,
     fresh: float,
     seed: int,
@@ -63,11 +67,18 @@ def nano(
 
     OUT/log.jsonl and OUT/curves.png show how it goes. OUT/mixture.json, if there, re-weights the tasks while it runs.
     """
+    from iolite.device import choose
+    from iolite.errors import UsageError
     from iolite.train.nano.recipe import Run, export, train
     from iolite.train.trainer import Settings
 
+    where = choose(device, "float32").device
+    processes = processes or (2 if where.type == "cpu" else 1)
+    if processes > 1 and where.type != "cpu":
+        raise UsageError(f"{processes} processes cannot share {where}", "leave --processes out, or train on the CPU")
     settings = Settings(minutes=minutes, compile=compiled, evaluate_every=evaluate_every, max_steps=max_steps)
-    run = Run(out, store or out / "store", settings, rows, processes, resume, seed, fresh, ahead, held_out)
+    folder = store or out / "store"
+    run = Run(out, folder, settings, rows, processes, resume, seed, fresh, ahead, held_out, str(where))
     train(run, lambda line: click.echo(line, err=True))
     export(out, out / "model")
     click.echo(str(out / "model"))

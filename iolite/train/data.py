@@ -330,11 +330,11 @@ def collate(layout: Layout, rows: Sequence[Example | None]) -> Arrays:
 class BucketBatch:
     """One step's batch, in the form `iolite.model` asks for (its `Batch`): a flat stream, attention by bucket."""
 
-    def __init__(self, config: TextConfig, layout: Layout, arrays: Arrays) -> None:
-        t = {key: torch.from_numpy(value) for key, value in arrays.items()}
+    def __init__(self, config: TextConfig, layout: Layout, arrays: Arrays, device: torch.device | str = "cpu") -> None:
+        t = {key: torch.from_numpy(value).to(device) for key, value in arrays.items()}
         self.config, self.layout = config, layout
         self.ids = t["ids"]
-        self.positions = torch.from_numpy(layout.positions)
+        self.positions = torch.from_numpy(layout.positions).to(device)
         self.media = Media(
             pixels=t["pixels"].float() * (1 / 255) if "pixels" in t else None,
             positions=t.get("positions"),
@@ -346,7 +346,7 @@ class BucketBatch:
         sliding, full, at = [], [], 0
         for length, rows in layout.buckets:
             blocks = t["blocks"][at : at + length * rows].view(rows, length)
-            row = torch.arange(length)[None]
+            row = torch.arange(length, device=device)[None]
             full.append(may_look(row, row, None, None, None)[:, None])
             sliding.append(may_look(row, row, blocks, blocks, config.sliding_window)[:, None])
             at += length * rows

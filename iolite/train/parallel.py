@@ -57,7 +57,7 @@ class FlatGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter], extra: int) -> None:
         sizes = [p.numel() for p in parameters]
-        self.buffer = torch.zeros(sum(sizes) + extra)
+        self.buffer = torch.zeros(sum(sizes) + extra, device=parameters[0].device)
         self.gradients = self.buffer[: sum(sizes)]
         self.extra = self.buffer[sum(sizes) :]
         for parameter, part in zip(parameters, self.gradients.split(sizes), strict=True):

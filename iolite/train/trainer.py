@@ -91,6 +91,7 @@ class Trainer:
         """groups as torch's AdamW takes them, each with "lr"; report gets every record of the log (lead only)."""
         self.model, self.source, self.layout, self.folder = model, source, layout, folder
         self.settings, self.group = settings, group or Group()
+        self.device = next(model.parameters()).device
         self.evaluate, self.report = evaluate, report
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         parameters = list(self.names)
@@ -114,7 +115,7 @@ class Trainer:
 
     def step(self) -> Loss:
         """Forward, backward, average over the processes, update."""
-        batch = BucketBatch(self.model.config.text, self.layout, self.source.next_batch(self.fraction))
+        batch = BucketBatch(self.model.config.text, self.layout, self.source.next_batch(self.fraction), self.device)
         self.gradients.zero_()
         loss = self._loss(batch)
         loss.total.backward()
@@ -130,7 +131,7 @@ class Trainer:
         return loss
 
     def _loss(self, batch: BucketBatch) -> Loss:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
             hidden = self.model(batch.ids, batch)
             logits = self.model.logits(hidden.index_select(0, batch.label_index))
         return labelled_loss(logits, batch.labels, batch.label_kind, self.settings.dense_weight)
@@ -258,7 +259,8 @@ class Trainer:
         if not self.group.leads:
             return
         numbers = {"version": 1, "step": self.step_number, "seconds": self.seconds, "samples": self.samples}
-        save_safetensors(self.folder / "state.safetensors", self._state(), {"run": json.dumps(numbers)})
+        state = {name: tensor.cpu() for name, tensor in self._state().items()}
+        save_safetensors(self.folder / "state.safetensors", state, {"run": json.dumps(numbers)})
 
     def resume(self) -> bool:
         """Takes up the state in the folder, if there is one. Raises CheckpointError when it is another model's."""
@@ -266,9 +268,13 @@ class Trainer:
         if not path.is_file():
             return False
         file = SafetensorsFile(path)
-        numbers = json.loads(file.metadata["run"])
+        numbers = json.loads(file.metadata.get("run", "{}"))
         state = self._state()
-        if set(file.keys()) != set(state) or any(file.shape(k) != tuple(t.shape) for k, t in state.items()):
+        if (
+            not numbers
+            or set(file.keys()) != set(state)
+            or any(file.shape(k) != tuple(t.shape) for k, t in state.items())
+        ):
             raise CheckpointError(f"{path} is the state of another model", "give another --out folder")
         with torch.no_grad():
             for name, tensor in state.items():
@@ -282,7 +288,7 @@ class Trainer:
         for (parameter, name), average in zip(self.names.items(), self.average, strict=True):
             moments = self.optimizer.state[parameter]
             if not moments:  # as torch makes them at the first step
-                moments["step"] = torch.zeros(())
+                moments["step"] = torch.zeros((), device=parameter.device)
                 moments["exp_avg"] = torch.zeros_like(parameter)
                 moments["exp_avg_sq"] = torch.zeros_like(parameter)
             found |= {f"weights.{name}": parameter.detach(), f"average.{name}": average}

@@ -18,7 +18,7 @@ from torch import Tensor
 from iolite.config import FULL, SLIDING, AudioConfig, ModelConfig, TextConfig, VisionConfig
 from iolite.errors import CheckpointError
 from iolite.model.unified import Unified
-from iolite.train.data import ANSWER, DENSE, DirectSource, Example, Layout
+from iolite.train.data import ANSWER, DENSE, BucketBatch, DirectSource, Example, Layout
 from iolite.train.loss import exact_rows, labelled_loss
 from iolite.train.nano.recipe import initialise_, parameter_groups
 from iolite.train.parallel import FlatGradients, Group, free_port
@@ -258,3 +258,17 @@ def _joint_step(both: list[Trainer]) -> None:
         one.gradients.gradients.copy_(mean)
         one.optimizer.step = step  # type: ignore[method-assign]
         step()
+
+
+def test_a_step_stays_on_the_models_device() -> None:
+    """On the meta device, standing in for a GPU: a tensor left on the CPU would meet one that is not there."""
+    config = tiny_config()
+    source = DirectSource(LAYOUT, Draw(), (0, 0))
+    source.start(0)
+    model = Unified(config).to("meta")
+    gradients = FlatGradients(list(model.parameters()), extra=6)
+    batch = BucketBatch(config.text, LAYOUT, source.next_batch(0.0), "meta")
+    logits = model.logits(model(batch.ids, batch).index_select(0, batch.label_index))
+    loss = labelled_loss(logits, batch.labels, batch.label_kind, 0.3)
+    loss.total.backward()
+    assert {t.device.type for t in (loss.total, gradients.buffer, batch.positions)} == {"meta"}

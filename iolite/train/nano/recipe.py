@@ -252,19 +252,20 @@ class HeldOut:
             self.sets[name] = sorted(examples, key=lambda e: len(e.ids))[group.rank :: group.size]
 
     def __call__(self, model: Unified) -> Scores:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return {name: (self._right(model, examples), len(examples)) for name, examples in self.sets.items()}
 
     def _right(self, model: Unified, examples: Sequence[Example]) -> int:
-        right = 0
+        right, device = 0, next(model.parameters()).device
         for i in range(0, len(examples), 32):
             some = examples[i : i + 32]
             layout = Layout(((max(len(e.ids) for e in some), len(some)),))
-            batch = BucketBatch(model.config.text, layout, collate(layout, [replace_dense(e) for e in some]))
-            logits = model.logits(model(batch.ids, batch).index_select(0, batch.label_index))
+            batch = BucketBatch(model.config.text, layout, collate(layout, [replace_dense(e) for e in some]), device)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model.logits(model(batch.ids, batch).index_select(0, batch.label_index))
             counts = torch.tensor([len(e.ids) - e.answer for e in some])
             owners = torch.repeat_interleave(torch.arange(len(some)), counts)
-            right += int(exact_rows(logits, batch.labels, owners, len(some)).sum())
+            right += int(exact_rows(logits.cpu(), batch.labels.cpu(), owners, len(some)).sum())
         return right
 
 
@@ -288,6 +289,7 @@ class Run:
     fresh: float = 1.0
     ahead: int = 6  # batches made ahead, in another process; 0 makes each when it is wanted
     per_task: int = 256  # held-out samples of each task at every evaluation
+    device: str = "cpu"
 
 
 def train(run: Run, progress: Callable[[str], None]) -> None:
@@ -341,6 +343,7 @@ def _work(run: Run, layout: Layout, rank: int, port: int, progress: Callable[[st
     group = Group(rank, run.processes, port)
     model = Unified(nano_config(Tokenizer.from_file(run.folder / "tokenizer.json")))
     initialise_(model, run.seed)
+    model.to(run.device)
     draw, seed = Draw(run.store, run.folder, run.seed + rank), (run.seed, rank)
     source: Source = DirectSource(layout, draw(), seed)
     if run.ahead:
