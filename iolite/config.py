@@ -296,6 +296,8 @@ class ProcessorConfig:
     sampling_rate: int = 16_000
     audio_samples_per_token: int = 640
     audio_seq_length: int = 750
+    patch_size: int = 16  # as in VisionConfig
+    pooling_kernel_size: int = 3
     image_budgets: tuple[int, ...] | None = OFFICIAL_IMAGE_BUDGETS  # None: any positive number
     transcribe_prompt: str | None = None
 
@@ -321,13 +323,16 @@ class ProcessorConfig:
             num_frames=_count(video, "num_frames", 32, 1),
             audio_samples_per_token=model.audio.audio_samples_per_token if model.audio else 640,
             audio_seq_length=_count(data, "audio_seq_length", 750, 1),
+            patch_size=model.vision.patch_size if model.vision else 16,
+            pooling_kernel_size=model.vision.pooling_kernel_size if model.vision else 3,
             image_budgets=OFFICIAL_IMAGE_BUDGETS if official else None,
             transcribe_prompt=spoken,
         )
 
     def to_hf(self) -> dict[str, Any]:
-        sizes: dict[str, Any] = {"patch_size": 16, "pooling_kernel_size": 3, "do_resize": True, "do_rescale": True}
-        sizes |= {"rescale_factor": 1 / 255, "do_convert_rgb": True, "resample": 3}
+        sizes: dict[str, Any] = {"patch_size": self.patch_size, "pooling_kernel_size": self.pooling_kernel_size}
+        sizes |= {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255}
+        sizes |= {"do_convert_rgb": True, "resample": 3}
         data: dict[str, Any] = {
             "processor_class": "Gemma4UnifiedProcessor",
             "image_seq_length": self.image_max_soft_tokens,

@@ -136,7 +136,8 @@ def test_settings_are_copied_from_the_base_and_replaced_by_ours(tiny_folder, tmp
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "unknown.py"):
         (base / name).write_text(json.dumps({"temperature": 0.25}))
     config, model = load_folder(tiny_folder("published"))
-    save_folder(out, model, config, base=base, processor=ProcessorConfig(image_max_soft_tokens=3, image_budgets=None))
+    settings = ProcessorConfig(image_max_soft_tokens=3, image_budgets=None, patch_size=2, pooling_kernel_size=2)
+    save_folder(out, model, config, base=base, processor=settings)
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert (out / "chat_template.jinja").exists()
     assert not (out / "unknown.py").exists()
