@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -136,7 +137,8 @@ def test_settings_are_copied_from_the_base_and_replaced_by_ours(tiny_folder, tmp
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "unknown.py"):
         (base / name).write_text(json.dumps({"temperature": 0.25}))
     config, model = load_folder(tiny_folder("published"))
-    settings = ProcessorConfig(image_max_soft_tokens=3, image_budgets=None, patch_size=2, pooling_kernel_size=2)
+    theirs = ProcessorConfig.from_folder(tiny_folder("published"), config)
+    settings = replace(theirs, image_max_soft_tokens=3, image_budgets=None)
     save_folder(out, model, config, base=base, processor=settings)
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert (out / "chat_template.jinja").exists()
