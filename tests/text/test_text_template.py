@@ -1,6 +1,7 @@
 """The chat template: rendered cases of the family, the grammar between them, and templates that mean harm."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -172,9 +173,89 @@ def test_wrong_messages_are_named(template, messages):
     ],
 )
 def test_hostile_template_is_stopped(source):
-    template = ChatTemplate(source)
     with pytest.raises((CheckpointError, MessageError)):
-        template.render([user("a")])
+        ChatTemplate(source).render([user("a")])
+
+
+BIG = "{% set b = 'x' * 100000 %}"
+NESTED = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+LISTS = "{% set n = namespace(x=[]) %}{% for i in range(9999) %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ range(100000)|batch(1)|map('list')|map('batch',900000,'x')|map('list')|list }}",
+        "{{ ([[1]*100000]*1000)|sum(start=[]) }}",
+        "{{ 'x'|wordwrap(1, wrapstring='x') }}",
+        "{{ ('\t'*1000).expandtabs(999999) }}",
+        "{{ b.translate({120: b}) }}",
+        "{{ b.replace('x', b) }}",
+        "{{ b.replace('', b) }}",
+        "{{ b|replace('x', b) }}",
+        "{{ b|join(b) }}",
+        "{{ range(99999)|map('string')|join(b) }}",
+        "{{ ([b]*9999)|join }}",
+        "{{ b.join(b) }}",
+        "{{ b.join(['x']*99999) }}",
+        "{{ ''.join([b]*9999) }}",
+        "{{ ('{0}'*9999).format(b) }}",
+        "{{ ('{x}'*9999).format_map({'x': b}) }}",
+        "{{ ('{:9999}'*99999).format(*([1]*99999)) }}",
+        "{{ '{:x>999999999}'.format(1) }}",
+        "{{ '{0[}]:999999999}'.format({'}': 1}) }}",
+        "{{ ('%(a)s'*9999) % {'a': b} }}",
+        "{{ '%(a)999999999d' % {'a': 1} }}",
+        "{{ '%(a(b)c)999999999d' % {'a(b)c': 1} }}",
+        "{{ '%.999999999f' % 1 }}",
+        "{{ ('%s'*9999)|format(*([b]*9999)) }}",
+        "{{ ('x\n'*99999)|indent(b) }}",
+        "{{ ([b]*9999)|map('list')|list }}",
+        "{{ ([b]*9999)|map('upper')|list }}",
+        "{{ ([b]*9999)|string }}",
+        "{{ [b]*9999 }}",
+        "{{ [[b]*999]*999 ~ '' }}",
+        "{{ ([b]*9999)|tojson }}",
+        "{{ []|tojson(indent=b) }}",
+        "{{ range(99999)|list|tojson(separators=(b, b)) }}",
+        LISTS + "{% set n.x = n.x + [b[1:]] %}{% endfor %}",
+        LISTS + "{% set n.x = n.x + [[" + "1," * 9999 + "]] %}{% endfor %}",
+        LISTS + "{% set y = 'x'|indent(-999999999) %}{% set n.x = n.x + [b.upper()] %}{% endfor %}",
+        NESTED + "{{ n.x }}",
+        NESTED + "{{ {'a': n.x}.values() }}",
+        NESTED + "{{ namespace(x=n.x) }}",
+        NESTED + "{{ n.x ~ '' }}",
+        NESTED + "{{ n.x|string }}",
+        NESTED + "{{ n.x|trim }}",
+        NESTED + "{{ n.x|join }}",
+        NESTED + "{{ n.x|tojson }}",
+        NESTED + "{{ '%s' % n.x }}",
+        NESTED + "{{ '%r'|format(n.x) }}",
+        NESTED + "{{ '{}'.format(n.x) }}",
+        NESTED + "{{ messages[n.x].y }}",
+        NESTED + "{{ raise_exception(n.x) }}",
+    ],
+)
+def test_memory_is_not_filled(source):
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            ChatTemplate(BIG + source).render([user("a")])
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_templates_do_with_text():
+    source = (
+        "{{ 'a-b'.replace('-', '+')|replace('+', ' ')|upper }} {{ ['x', 1]|map('string')|join(', ') }} "
+        "{{ '/'.join(['a', 'b'][::-1]) }} {{ '%s: %3d'|format('n', 7) }} {{ '{}-{y:>3}'.format(1, y=2) }} "
+        "{{ 'a\nb'|indent(2) }} {{ 'x'.split(',') + ['y'] }} {{ {'b': 1, 'a': [none]}|dictsort }} "
+        "{{ {'b': 'é'}|tojson(indent=1) }} {{ [3, 1]|sort|first }} {{ ' a '|trim|length }} {{ '%d%%' % 5 }}"
+    )
+    assert ChatTemplate(source).render([user("a")]) == (
+        "A B x, 1 b/a n:   7 1-  2 a\n  b ['x', 'y'] [('a', [None]), ('b', 1)] {\n \"b\": \"é\"\n} 1 1 5%"
+    )
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ 'x'|no_such_filter }}", "{#" + "x" * MAX_SOURCE + "#}"])
