@@ -80,9 +80,6 @@ class TextConfig:
     def layer_kv_heads(self, layer: int) -> int:
         return self.num_global_key_value_heads if self.is_full(layer) else self.num_key_value_heads
 
-    def layer_rope(self, layer: int) -> RopeConfig:
-        return self.rope_full if self.is_full(layer) else self.rope_sliding
-
     def shares_kv(self, layer: int) -> bool:
         """Whether the layer has no v_proj: its value is the raw key projection."""
         return self.attention_k_eq_v and self.is_full(layer)

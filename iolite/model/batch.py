@@ -2,8 +2,7 @@
 
 Two kinds answer the model's one question ("attend for layer i"):
 
-- `PaddedBatch`: whole sequences in a [B, T] rectangle, no memory. Slow, obvious, differentiable: the reference, and
-  what training uses.
+- `PaddedBatch`: whole sequences in a [B, T] rectangle, no memory. Slow, obvious, differentiable: the reference.
 - `RaggedBatch`: the new tokens of several sequences end to end, each with its own cache. Unequal prompts need no
   padding, and a chunk of one prompt can run beside the single new tokens of others.
 

@@ -16,7 +16,7 @@ import os
 import queue
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -393,13 +393,6 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = torch.bmm(q, k).float().view(B, H, T, S).masked_fill(~mask, -torch.inf)
     weights = scores.softmax(-1).to(v.dtype).view(B * K, group * T, S)
     return torch.bmm(weights, v).view(B, K, group, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
-
-
-def draw_tasks(mixture: Mapping[str, float], dice: random.Random) -> Iterator[str]:
-    """Task names in the proportions of the mixture, for ever."""
-    names, weights = list(mixture), list(mixture.values())
-    while True:
-        yield from dice.choices(names, weights, k=256)
 
 
 class DirectSource:
