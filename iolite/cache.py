@@ -1,9 +1,9 @@
-"""Keys and values of one sequence: a growing buffer on full-attention layers, a ring of one window on sliding ones.
+"""Keys and values of one sequence: a growing buffer on full-attention layers, a ring on sliding ones.
 
-A layer's cache takes the new tokens' keys and values and hands back everything the new queries may need, together
-with the positions, so that attention never asks which kind it talks to.
+A layer's cache takes the new tokens' keys and values and hands back everything that the new queries may need as
+`Keys`: buffers, and in which rows of them the keys lie, so that attention reads them where they are.
 
-Letters: n new tokens, S tokens handed back, K key-value heads, D head size.
+Letters: n new tokens, K key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 
 from iolite.config import TextConfig
+from iolite.kernels.contracts import Keys
 
 _FIRST_ROOM = 64  # tokens; doubled as needed, so that growing copies each value about once on average
+SLACK = 64  # tokens a ring holds beyond its window: a pass of up to 65 is written and read in place
 
 
 class LayerCache(Protocol):
     """What attention needs from a layer's cache."""
 
-    def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Stores k, v [n, K, D] of positions start..start+n and returns (k, v) [S, K, D] for the new queries."""
-        ...
-
-    def key_positions(self, start: int, n: int) -> range:
-        """Positions of the S tokens that `extend` hands back for n new ones, in order."""
+    def extend(self, k: Tensor, v: Tensor, start: int) -> Keys:
+        """Stores k, v [n, K, D] of positions start..start+n and returns what the new queries may look at."""
         ...
 
     @property
@@ -35,23 +33,25 @@ class LayerCache(Protocol):
 
 
 class _Rows:
-    """A [room, K, D] buffer pair that grows up to a limit, so a short chat does not pay for a long context."""
+    """A [rows, K, D] buffer pair that grows up to a limit, so a short chat does not pay for a long context."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, dtype: torch.dtype | None) -> None:
+        self.limit, self.dtype = limit, dtype
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
-    def reserve(self, rows: int, like: Tensor) -> None:
+    def reserve(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers, with at least that many rows."""
         room = 0 if self.k is None else self.k.shape[0]
-        if rows <= room:
-            return
-        rows = min(self.limit, max(rows, 2 * room, _FIRST_ROOM))
-        grown = [like.new_zeros(rows, *like.shape[1:]) for _ in range(2)]
-        for new, old in zip(grown, (self.k, self.v), strict=True):
-            if old is not None:
-                new[:room] = old
-        self.k, self.v = grown
+        if rows > room:
+            rows = min(self.limit, max(rows, 2 * room, _FIRST_ROOM))
+            grown = [like.new_zeros(rows, *like.shape[1:], dtype=self.dtype or like.dtype) for _ in range(2)]
+            for new, old in zip(grown, (self.k, self.v), strict=True):
+                if old is not None:
+                    new[:room] = old
+            self.k, self.v = grown
+        assert self.k is not None and self.v is not None
+        return self.k, self.v
 
     @property
     def num_bytes(self) -> int:
@@ -61,56 +61,62 @@ class _Rows:
 class GrowingCache(_Rows):
     """Every token of the sequence, in order: for full-attention layers."""
 
-    def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def extend(self, k: Tensor, v: Tensor, start: int) -> Keys:
         end = start + k.shape[0]
-        self.reserve(end, k)
-        assert self.k is not None and self.v is not None
-        self.k[start:end], self.v[start:end] = k, v
-        return self.k[:end], self.v[:end]
-
-    def key_positions(self, start: int, n: int) -> range:
-        return range(start + n)
+        keys, values = self.reserve(end, k)
+        keys[start:end], values[start:end] = k, v
+        return Keys(keys, values, 0, end, self.limit)
 
 
 class RingCache(_Rows):
-    """The last `window` tokens, at row position % window: for sliding layers."""
+    """The last tokens, a window and some slack, at row position % limit: for sliding layers."""
 
-    def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def __init__(self, window: int, dtype: torch.dtype | None, slack: int) -> None:
+        super().__init__(window + slack, dtype)
+        self.window = window
+
+    def extend(self, k: Tensor, v: Tensor, start: int) -> Keys:
         n = k.shape[0]
-        past = self.key_positions(start, n)[:-n]
-        if n == 1 or not past:
-            self._write(k, v, start)
-            if n > 1:
-                return k, v
-            assert self.k is not None and self.v is not None
-            rows = min(start + 1, self.limit)  # after the write the ring holds just this query's window, in any order
-            return self.k[:rows], self.v[:rows]
-        assert self.k is not None and self.v is not None
-        rows_of_past = torch.arange(past.start, past.stop, device=k.device) % self.limit
-        both = torch.cat((self.k[rows_of_past], k)), torch.cat((self.v[rows_of_past], v))
+        past = min(start, self.window - 1)  # the first new query sees that many tokens before itself
+        if past + n <= self.limit:
+            keys, values = self._write(k, v, start)
+            return Keys(keys, values, (start - past) % self.limit, past + n, self.limit)
+        # A chunk that would overwrite what its own first queries still look at is read from a copy.
+        new_k, new_v = (t.to(self.dtype or t.dtype) for t in (k, v))
+        if past and self.k is not None and self.v is not None:
+            rows = torch.arange(start - past, start, device=k.device) % self.limit
+            new_k, new_v = torch.cat((self.k[rows], new_k)), torch.cat((self.v[rows], new_v))
         self._write(k, v, start)
-        return both
+        return Keys(new_k, new_v, 0, past + n, past + n)
 
-    def _write(self, k: Tensor, v: Tensor, start: int) -> None:
+    def _write(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         end = start + k.shape[0]
-        self.reserve(min(end, self.limit), k)
-        assert self.k is not None and self.v is not None
-        keep = min(k.shape[0], self.limit)  # of a long chunk only the last window survives
-        rows = torch.arange(end - keep, end, device=k.device) % self.limit
-        self.k[rows], self.v[rows] = k[-keep:], v[-keep:]
-
-    def key_positions(self, start: int, n: int) -> range:
-        # The first new query sees window - 1 tokens before itself; the ring still holds them all.
-        return range(max(0, start - self.limit + 1), start + n)
+        keys, values = self.reserve(min(end, self.limit), k)
+        keep = min(k.shape[0], self.limit)  # of a long chunk only the end survives
+        first, last = (end - keep) % self.limit, end % self.limit
+        if first < last:
+            keys[first:last], values[first:last] = k[-keep:], v[-keep:]
+        else:
+            rows = torch.arange(end - keep, end, device=k.device) % self.limit
+            keys[rows], values[rows] = k[-keep:].to(keys.dtype), v[-keep:].to(values.dtype)
+        return keys, values
 
 
 class KVCache:
     """The caches of all layers of one sequence, and how many tokens they hold."""
 
-    def __init__(self, config: TextConfig, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        slack: int = SLACK,
+    ) -> None:
+        """dtype is the format that keys and values are kept in; None keeps the one they are computed in."""
         self.max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+        window = config.sliding_window
         self.layers: Sequence[LayerCache] = [
-            GrowingCache(self.max_length) if config.is_full(i) else RingCache(config.sliding_window)
+            GrowingCache(self.max_length, dtype) if config.is_full(i) else RingCache(window, dtype, slack)
             for i in range(config.num_hidden_layers)
         ]
         self.length = 0

@@ -48,9 +48,9 @@ def advance(network: Unified, token: int, cache: KVCache) -> Tensor:
 
 
 @torch.no_grad()
-def prompt_logits(network: Unified, prompt: Prompt) -> Tensor:
+def prompt_logits(network: Unified, prompt: Prompt, kv_dtype: torch.dtype | None = None) -> Tensor:
     """Float32 scores [len(prompt.ids), V] of the token after each position, by the passes that generation makes."""
-    cache = KVCache(network.config.text, len(prompt.ids))
+    cache = KVCache(network.config.text, len(prompt.ids), kv_dtype)
     device = network.language_model.embed_tokens.weight.device
     # Made outside inference mode, so that the caller may do with it as with any tensor.
     scores, done = torch.empty(len(prompt.ids), network.config.text.vocab_size, device=device), 0
@@ -81,12 +81,13 @@ class Decoding:
         params: SamplingParams,
         *,
         context: int,
+        kv_dtype: torch.dtype | None = None,
         progress: Progress | None = None,
     ) -> None:
         check_fits(prompt, context)
         self.network, self.prompt, self.params, self.progress = network, prompt, params, progress
         self.limit = min(params.max_tokens, context - len(prompt.ids))
-        self.cache = KVCache(network.config.text, context)
+        self.cache = KVCache(network.config.text, context, kv_dtype)
         self.prefill_seconds = 0.0  # up to and including the first token
         self.decode_seconds = 0.0
         self.count = 0

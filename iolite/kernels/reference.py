@@ -6,9 +6,14 @@ Source of the formulas: `modeling_gemma4_unified.py` of Transformers 5.23.0.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from iolite.kernels.contracts import Keys, Matrix
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -19,6 +24,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (normed if weight is None else normed * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    """(residual + rms_norm(x, weight)) * scale: how both halves of a decoder block end. scale [1], or None for 1."""
+    total = residual + rms_norm(x, weight, eps)
+    return total if scale is None else total * scale
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, num_angles: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +52,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [..., H, D], each normalised, then turned: how queries and keys are made."""
+    return apply_rope(rms_norm(x, weight, eps), cos, sin)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q·kᵀ + mask)·v with scale 1: q_norm and k_norm carry the scale.
 
@@ -58,6 +74,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
+def may_look(
+    queries: Tensor, keys: Tensor, query_blocks: Tensor | None, key_blocks: Tensor | None, window: int | None
+) -> Tensor:
+    """The mask [..., N, S], True where a query at position queries [..., N] may look at a key at keys [..., S].
+
+    window None is a full layer: causal. A sliding layer sees `window` tokens up to and including the query's own, and
+    inside one picture or one video frame both ways, but never further back than the window. Blocks number the pictures
+    and video frames a token belongs to, 0 for none.
+    """
+    q, k = queries[..., :, None], keys[..., None, :]
+    allowed = k <= q
+    if window is None:
+        return allowed
+    if query_blocks is not None and key_blocks is not None:
+        qb, kb = query_blocks[..., :, None], key_blocks[..., None, :]
+        allowed = allowed | ((qb == kb) & (qb > 0))
+    return allowed & (k > q - window)
+
+
+def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> Tensor:
+    """Attention of the new tokens q [N, H, D] over a cache that already holds their own keys and values.
+
+    Query i stands at key `keys.count - N + i`; blocks [N] are the new tokens' two-way blocks (see `may_look`): a block
+    never spans two passes, so older keys belong to none. Returns [N, H, D] in q's dtype.
+    """
+    n, count = q.shape[0], keys.count
+    rows = (torch.arange(count, device=q.device) + keys.first) % keys.room if keys.first else slice(0, count)
+    k, v = keys.k[rows].to(q.dtype), keys.v[rows].to(q.dtype)  # [S, K, D]
+    mask = None
+    if n > 1 or (window is not None and count > window):
+        key_blocks = None if blocks is None else torch.cat((blocks.new_zeros(count - n), blocks))
+        at = torch.arange(count, device=q.device)
+        mask = may_look(at[count - n :], at, blocks, key_blocks, window)
+    return attention(q[None], k[None], v[None], mask)[0]
+
+
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh form of gelu."""
     return F.gelu(gate, approximate="tanh") * up
@@ -66,3 +118,18 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(logits / cap): bounds the logits smoothly. None leaves them."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """x [..., C] times a packed matrix [R, C], transposed: [..., R] in x's dtype. The weights are unpacked first."""
+    return F.linear(x, matrix.to_float().to(x.dtype))
+
+
+def gated(x: Tensor, gate: Matrix, up: Matrix) -> Tensor:
+    """The first half of a gated feed-forward net on packed weights: [..., C] -> [..., R]."""
+    return geglu(linear(x, gate), linear(x, up))
+
+
+def embed(matrix: Matrix, ids: Tensor) -> Tensor:
+    """Rows of a packed table: ids [...] -> float32 [..., C]."""
+    return matrix.rows_to_float(ids.flatten()).view(*ids.shape, -1)

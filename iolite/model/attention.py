@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from iolite.config import TextConfig
-from iolite.kernels import reference as ops
+from iolite.kernels import ops
 from iolite.model.norm import RMSNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,10 +38,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         heads = (-1, self.head_dim)
-        q = self.q_proj(x).unflatten(-1, heads)  # [N, H, D]
-        k = self.k_proj(x).unflatten(-1, heads)  # [N, K, D]
-        v = k if self.v_proj is None else self.v_proj(x).unflatten(-1, heads)  # before k's norm and rotation
-        q = ops.apply_rope(self.q_norm(q), *angles)
-        k = ops.apply_rope(self.k_norm(k), *angles)
-        v = ops.rms_norm(v, None, self.eps)  # never rotated, no weight
+        if self.v_proj is None:
+            q, k = ops.project(x, self.q_proj, self.k_proj)
+            v = k
+        else:
+            q, k, v = ops.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))  # [N, H, D], [N, K, D], [N, K, D]
+        v = ops.rms_norm(v, None, self.eps)  # of the raw projection: never rotated, no weight
+        q = ops.norm_rope(q, self.q_norm.weight, self.eps, *angles)
+        k = ops.norm_rope(k, self.k_norm.weight, self.eps, *angles)
         return self.o_proj(attend(q, k, v).flatten(-2))

@@ -16,7 +16,7 @@ A frames of sound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from iolite.cache import KVCache
 from iolite.config import TextConfig
-from iolite.kernels import reference as ops
+from iolite.kernels import ops
+from iolite.kernels.reference import may_look
 from iolite.model.attention import Attend
 
 if TYPE_CHECKING:
@@ -56,23 +57,6 @@ class Batch(Protocol):
     def finish(self) -> None:
         """Called once after the last layer."""
         ...
-
-
-def may_look(
-    queries: Tensor, keys: Tensor, query_blocks: Tensor | None, key_blocks: Tensor | None, window: int | None
-) -> Tensor:
-    """The mask [..., N, S], True where a query at position queries [..., N] may look at a key at keys [..., S].
-
-    window None is a full layer: causal. Blocks number the pictures and video frames a token belongs to, 0 for none.
-    """
-    q, k = queries[..., :, None], keys[..., None, :]
-    allowed = k <= q
-    if window is None:
-        return allowed
-    if query_blocks is not None and key_blocks is not None:
-        qb, kb = query_blocks[..., :, None], key_blocks[..., None, :]
-        allowed = allowed | ((qb == kb) & (qb > 0))
-    return allowed & (k > q - window)
 
 
 class PaddedBatch:
@@ -112,28 +96,13 @@ class PaddedBatch:
         pass
 
 
-@dataclass
+@dataclass(frozen=True)
 class Segment:
     """The new tokens of one sequence: n of them, continuing its cache. blocks [n] as in `may_look`, or None."""
 
     cache: KVCache
     n: int
     blocks: Tensor | None = None
-    masks: dict[bool, Tensor | None] = field(default_factory=dict)
-
-    def mask(self, full: bool, window: int, keys: range, device: torch.device) -> Tensor | None:
-        """[n, S], built once for each kind of layer. One new token may look at all that its cache hands back."""
-        if self.n == 1:
-            return None
-        if full not in self.masks:
-            start = self.cache.length
-            queries = torch.arange(start, start + self.n, device=device)
-            past = keys.stop - keys.start - self.n
-            # A two-way block never spans two passes, so keys of earlier passes belong to none.
-            key_blocks = None if self.blocks is None else torch.cat((self.blocks.new_zeros(past), self.blocks))
-            positions = torch.arange(keys.start, keys.stop, device=device)
-            self.masks[full] = may_look(queries, positions, self.blocks, key_blocks, None if full else window)
-        return self.masks[full]
 
 
 class RaggedBatch:
@@ -145,17 +114,18 @@ class RaggedBatch:
         self.positions = torch.cat(starts)
 
     def attend(self, layer: int) -> Attend:
-        full, window = self.config.is_full(layer), self.config.sliding_window
+        window = None if self.config.is_full(layer) else self.config.sliding_window
+
+        def attend_one(segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys = segment.cache.layers[layer].extend(k, v, segment.cache.length)
+            return ops.attend(q, keys, window, segment.blocks)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            sizes = [s.n for s in self.segments]
-            outs = []
-            for segment, q1, k1, v1 in zip(self.segments, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-                start, cache = segment.cache.length, segment.cache.layers[layer]
-                mask = segment.mask(full, window, cache.key_positions(start, segment.n), q.device)
-                keys, values = cache.extend(k1, v1, start)  # [S, K, D]
-                outs.append(ops.attention(q1[None], keys[None], values[None], mask)[0])
-            return torch.cat(outs)
+            if len(self.segments) == 1:
+                return attend_one(self.segments[0], q, k, v)
+            sizes = [segment.n for segment in self.segments]
+            parts = zip(self.segments, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+            return torch.cat([attend_one(*part) for part in parts])
 
         return attend
 

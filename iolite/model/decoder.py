@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from iolite.config import FULL, SLIDING, TextConfig
-from iolite.kernels import reference as ops
+from iolite.kernels import ops
 from iolite.model.batch import Batch
+from iolite.model.embedders import TokenEmbedding
 from iolite.model.layers import DecoderLayer
 from iolite.model.norm import RMSNorm
 
@@ -17,15 +18,14 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings of ids, times sqrt(M) rounded to the weight's dtype as the reference does (62.0 in bf16)."""
-        weight = self.embed_tokens.weight
-        scale = weight.new_tensor(self.config.hidden_size**0.5)
-        return self.embed_tokens(ids) * scale
+        """Embeddings of ids, times sqrt(M) rounded to their dtype as the reference does (62.0 in bf16)."""
+        x = self.embed_tokens(ids)
+        return x * x.new_tensor(self.config.hidden_size**0.5)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [N, M], already scaled, with soft tokens in place -> hidden states [N, M] after the final norm."""

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from iolite.config import AudioConfig, VisionConfig
-from iolite.kernels import reference as ops
+from iolite.kernels import ops
+
+
+class TokenEmbedding(nn.Embedding):
+    """The vocabulary's table, which is also the tied head."""
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """hidden [N, M] times every row: [N, vocabulary]."""
+        return F.linear(hidden, self.weight)
 
 
 class VisionEmbedder(nn.Module):

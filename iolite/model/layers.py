@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iolite.config import TextConfig
-from iolite.kernels import reference as ops
+from iolite.kernels import ops
 from iolite.model.attention import Attend, Attention
 from iolite.model.norm import RMSNorm
 
@@ -24,7 +24,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.gated(x, self.gate_proj, self.up_proj))
 
 
 class DecoderLayer(nn.Module):
@@ -44,6 +44,8 @@ class DecoderLayer(nn.Module):
         self.register_buffer("layer_scalar", torch.ones(1))
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), angles, attend))
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x * self.layer_scalar
+        after_attention, after_mlp = self.post_attention_layernorm, self.post_feedforward_layernorm
+        h = self.self_attn(self.input_layernorm(x), angles, attend)
+        x = ops.add_rms_norm(x, h, after_attention.weight, after_attention.eps)
+        h = self.mlp(self.pre_feedforward_layernorm(x))
+        return ops.add_rms_norm(x, h, after_mlp.weight, after_mlp.eps, self.layer_scalar)

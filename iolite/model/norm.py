@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iolite.kernels import reference as ops
+from iolite.kernels import ops
 
 
 class RMSNorm(nn.Module):

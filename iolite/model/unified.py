@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from iolite.config import ModelConfig
-from iolite.kernels import reference as ops
+from iolite.kernels import ops
 from iolite.model.batch import Batch, Media
 from iolite.model.decoder import Decoder
 from iolite.model.embedders import VisionEmbedder, audio_projection, vision_projection
@@ -53,5 +52,5 @@ class Unified(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [N, vocabulary] in float32, soft-capped, for hidden states [N, M]."""
-        head = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
-        return ops.softcap(F.linear(hidden, head.weight).float(), self.config.text.final_logit_softcapping)
+        scores = self.language_model.embed_tokens.scores if self.lm_head is None else self.lm_head
+        return ops.softcap(scores(hidden).float(), self.config.text.final_logit_softcapping)

@@ -19,7 +19,7 @@ from support.oracle import Audio, Image, Piece, Sample, Text, Video, reference_l
 from support.tiny import TINY, reference_model
 from torch import Tensor
 
-from iolite.cache import KVCache, RingCache
+from iolite.cache import SLACK, KVCache, RingCache
 from iolite.checkpoint.folder import load_folder
 from iolite.model.batch import RaggedBatch, Segment, gather_media
 from iolite.model.prefill import chunks, prefill
@@ -199,15 +199,15 @@ def test_half_precision_decodes_as_it_prefills(dtype: torch.dtype, tiny_folder: 
     assert (ours - exact).square().mean().sqrt() <= 1.5 * (whole - exact).square().mean().sqrt()
 
 
-def test_sliding_layers_never_hold_more_than_a_window(load_tiny: Load) -> None:
+def test_sliding_layers_never_hold_more_than_a_window_and_slack(load_tiny: Load) -> None:
     model = load_tiny("narrow")
     config = model.config.text
     for chunk_size in (1, 5, 100):
         cache = KVCache(config)
-        run_prefill(model, sample_for("narrow", Text(9), Image(6, 5), Text(70)).prompt(), cache, chunk_size)
+        run_prefill(model, sample_for("narrow", Text(9), Image(6, 5), Text(70 + SLACK)).prompt(), cache, chunk_size)
         for layer in cache.layers:
             if isinstance(layer, RingCache):
-                assert layer.num_bytes == 2 * NARROW * config.num_key_value_heads * config.head_dim * 4
+                assert layer.num_bytes == 2 * (NARROW + SLACK) * config.num_key_value_heads * config.head_dim * 4
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 40, 999])
@@ -256,15 +256,16 @@ SOUNDS = st.builds(Audio, st.integers(1, 2 * NARROW + 2))
     pieces=st.lists(st.one_of(TEXTS, PICTURES, VIDEOS, SOUNDS), max_size=6),
     chunk_size=st.integers(1, 4 * NARROW),
     answer=st.integers(1, 2 * NARROW),
+    slack=st.sampled_from((0, 3, SLACK)),
     seed=st.integers(0, 1000),
 )
 def test_any_prompt_in_any_chunks(
-    load_tiny: Load, pieces: list[Piece], chunk_size: int, answer: int, seed: int
+    load_tiny: Load, pieces: list[Piece], chunk_size: int, answer: int, slack: int, seed: int
 ) -> None:
     model = load_tiny("narrow")
     sample = sample_for("narrow", *pieces, Text(answer), seed=seed)
     split = len(sample.ids) - answer
-    cache = KVCache(model.config.text)
+    cache = KVCache(model.config.text, slack=slack)
     ours = torch.cat(
         (run_prefill(model, head(sample, split), cache, chunk_size), one_by_one(model, cache, sample.ids[split:]))
     )

@@ -1,0 +1,136 @@
+"""The operations that the network is made of, each handed to the fastest kernel that can take its tensors.
+
+`reference.py` defines every one of them. The C++ kernels take float32 on the CPU when no gradient is wanted, the Triton
+kernels take packed weights on a CUDA device, and the reference takes the rest. IOLITE_KERNELS=reference in the
+environment, or `only_reference()` around a call, leaves everything to the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from iolite.kernels import reference
+from iolite.kernels.contracts import Keys, Matrix
+from iolite.kernels.reference import attention, rope_angles
+
+__all__ = [
+    "add_rms_norm", "attend", "attention", "embed", "gated", "geglu", "linear", "norm_rope", "only_reference",
+    "project", "rms_norm", "rope_angles", "softcap",
+]  # fmt: skip
+
+try:
+    from iolite.kernels import cpu
+except ImportError:
+    cpu = None  # type: ignore[assignment]
+
+_allowed = os.environ.get("IOLITE_KERNELS", "") != "reference"
+
+
+@contextlib.contextmanager
+def only_reference() -> Iterator[None]:
+    """Inside, the whole process computes with `reference.py`."""
+    global _allowed
+    before, _allowed = _allowed, False
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return (
+        _allowed
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and cpu is not None
+        and cpu.load() is not None
+    )
+
+
+def _packed(x: Tensor) -> ModuleType | None:
+    """The module whose kernels multiply x with packed matrices, None for the reference."""
+    if _on_cpu(x):
+        return cpu
+    if _allowed and x.device.type == "cuda":
+        from iolite.kernels import triton
+
+        return triton if triton.available() else None
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if _on_cpu(x):
+        return cpu.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    if _on_cpu(x):
+        return cpu.add_rms_norm(residual, x, weight, eps, 1.0 if scale is None else scale.item())
+    return reference.add_rms_norm(residual, x, weight, eps, scale)
+
+
+def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    if _on_cpu(x) and x.dim() == 3:
+        return cpu.norm_rope(x, weight, eps, cos, sin)
+    return reference.norm_rope(x, weight, eps, cos, sin)
+
+
+def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> Tensor:
+    if _on_cpu(q):
+        return cpu.attention(
+            q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
+            window=window or 0, blocks=blocks,
+        )  # fmt: skip
+    return reference.attend(q, keys, window, blocks)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return cpu.geglu(gate, up) if _on_cpu(gate) else reference.geglu(gate, up)
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    if cap is not None and _on_cpu(logits):
+        return cpu.softcap(logits, cap)
+    return reference.softcap(logits, cap)
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    backend = _packed(x)
+    return reference.linear(x, matrix) if backend is None else backend.linear(x, [matrix])[0]
+
+
+def embed(matrix: Matrix, ids: Tensor) -> Tensor:
+    if (
+        _allowed
+        and ids.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and cpu is not None
+        and cpu.load() is not None
+    ):
+        return cpu.embed(matrix, ids)
+    return reference.embed(matrix, ids)
+
+
+def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Several linear layers of one input. Those with packed weights (they have `.matrix`) share one pass."""
+    matrices = [getattr(layer, "matrix", None) for layer in linears]
+    if None in matrices or (backend := _packed(x)) is None:
+        return tuple(layer(x) for layer in linears)
+    return tuple(backend.linear(x, matrices))
+
+
+def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """gelu(gate(x)) * up(x)."""
+    matrices = [getattr(layer, "matrix", None) for layer in (gate, up)]
+    if None in matrices or (backend := _packed(x)) is None:
+        return geglu(gate(x), up(x))
+    return backend.gated(x, *matrices)
