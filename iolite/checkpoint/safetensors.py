@@ -112,7 +112,7 @@ class SafetensorsFile:
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
         if self._map is None:
-            self._map = _map_file(self.path, self._size)
+            self._map = map_file(self.path, self._size)
         start = self._data_start + entry.begin
         count = math.prod(entry.shape)
         # The tensor keeps the mapping alive, so neither it nor the file needs closing.
@@ -177,25 +177,25 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 def _read_header(prefix: bytes, file: Any, size: int, name: str) -> tuple[int, dict[str, Any]]:
     """(where the data section begins, the parsed header)."""
     if len(prefix) < 8:
-        raise CheckpointError(f"{name} is {size} bytes long, too short for a safetensors file", _AGAIN)
+        raise CheckpointError(f"{name} is {size} bytes long, too short for a safetensors file", AGAIN)
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{name} claims a header of {length} bytes: not a safetensors file")
     if length > size - 8:
-        raise CheckpointError(f"{name} claims a header of {length} bytes but is {size} bytes long", _AGAIN)
+        raise CheckpointError(f"{name} claims a header of {length} bytes but is {size} bytes long", AGAIN)
     raw = file.read(length)
     if len(raw) != length:
-        raise CheckpointError(f"{name} ended while its header was read", _AGAIN)
+        raise CheckpointError(f"{name} ended while its header was read", AGAIN)
     try:
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError):  # bad UTF-8, bad JSON, repeated keys, numbers of thousands of digits
-        raise CheckpointError(f"{name}: the header is not valid JSON, or repeats a name", _AGAIN) from None
+        raise CheckpointError(f"{name}: the header is not valid JSON, or repeats a name", AGAIN) from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{name}: the header is no JSON object")
     return 8 + length, parsed
 
 
-_AGAIN = "the file may be damaged or half downloaded; fetch it again"
+AGAIN = "the file may be damaged or half downloaded; fetch it again"
 
 
 def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _check_cover(file: str, entries: Mapping[str, Entry], size: int) -> None:
     for name, entry in entries.items():
         if entry.end > size:
             raise CheckpointError(
-                f"{file}: tensor {name!r} ends at byte {entry.end}, but the file holds {size} bytes of data", _AGAIN
+                f"{file}: tensor {name!r} ends at byte {entry.end}, but the file holds {size} bytes of data", AGAIN
             )
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -244,10 +244,10 @@ def _check_cover(file: str, entries: Mapping[str, Entry], size: int) -> None:
             raise CheckpointError(f"{file}: tensor {name!r} {fault}")
         position = entry.end
     if position != size:
-        raise CheckpointError(f"{file}: {size - position} bytes at the end belong to no tensor", _AGAIN)
+        raise CheckpointError(f"{file}: {size - position} bytes at the end belong to no tensor", AGAIN)
 
 
-def _map_file(path: Path, size: int) -> mmap.mmap:
+def map_file(path: Path, size: int) -> mmap.mmap:
     """The whole file, readable and privately writable, without reserving memory for writes that will not come."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size != size:
