@@ -27,6 +27,7 @@ COMMANDS = {
     "transcribe": "Write down what is said in a sound or video file",
     "train": "Train the embedded model anew",
     "eval": "Measure a model on tasks",
+    "bench": "Measure how fast a model is on this machine",
     "pull": "Download a model into the Hugging Face cache",
     "list": "List the models on this machine",
     "show": "Describe a model, or this machine",
