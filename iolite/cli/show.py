@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from iolite.cli.list import human_bytes
 from iolite.cli.terminal import put
 from iolite.config import ModelConfig, ProcessorConfig
 
+# What the C++ kernels are for, where they are missing.
+_LOST = "Packed weights are multiplied through torch: the same results, several times slower"
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--system", is_flag=True, help="Also this machine: cores, memory, device and number format chosen.")
+@click.option("--system", is_flag=True, help="Also this machine: cores, memory, kernels, device, caches.")
 def command(model: str | None, as_json: bool, system: bool) -> None:
     """Describe MODEL (by default nano): its sizes, what it takes, its files and the memory it needs.
 
@@ -116,27 +118,50 @@ def kv_cache(config: ModelConfig) -> dict[str, Any]:
 
 def describe_system(config: ModelConfig | None) -> dict[str, Any]:
     """This machine, and what iolite would compute with on it."""
-    import torch
-
-    from iolite.device import choose, physical_memory
+    from iolite.device import choose
+    from iolite.evals import machine
 
     choice = choose(
         checkpoint_dtype=config.dtype if config else "bfloat16",
         parameters=parameters(config)["total"] if config else None,
     )
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware, versions, kernels = machine.hardware(), machine.versions(), machine.kernels()
     return {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "platform": versions["platform"],
+        "python": versions["python"],
+        "torch": versions["torch"],
+        "processor": hardware["processor"],
         "cores": os.cpu_count(),
-        "usable_cores": usable,
-        "threads": torch.get_num_threads(),
-        "memory_bytes": physical_memory(),
+        "usable_cores": hardware["logical_cores"],
+        "physical_cores": hardware["cores"],
+        "threads": kernels["threads"],
+        "memory_bytes": hardware["memory_bytes"],
+        "kernels": {"isa": kernels["isa"], "reason": kernels["reason"], "lost": _LOST if kernels["reason"] else None},
+        "gpu": machine.gpu(),
+        "caches": _caches(),
         "device": str(choice.device),
         "dtype": choice.dtype_name,
         "reason": choice.reason,
     }
+
+
+def _caches() -> list[dict[str, Any]]:
+    """The folders that models and packed weights are kept in, and the bytes in them."""
+    from iolite.checkpoint.hub import cache_folder
+
+    own = os.environ.get("IOLITE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "iolite"
+    folders = {"downloads": cache_folder(), "packed weights": Path(own).expanduser()}
+    return [{"holds": holds, "path": str(path), "bytes": _bytes_below(path)} for holds, path in folders.items()]
+
+
+def _bytes_below(folder: Path) -> int:
+    """What the files in a folder take, 0 where there is none; a link counts as a link."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another program may be clearing up
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total
 
 
 def _media(config: ModelConfig, processor: ProcessorConfig) -> dict[str, Any]:
@@ -181,14 +206,25 @@ def _text(report: Mapping[str, Any]) -> str:
     if "model" in report:
         rows += _model_rows(report)
     if "system" in report:
-        s = report["system"]
-        memory = human_bytes(s["memory_bytes"]) if s["memory_bytes"] else "unknown"
-        rows += [
-            ("machine", f"{s['cores']} cores ({s['usable_cores']} usable), {memory} of memory, {s['platform']}"),
-            ("software", f"Python {s['python']}, torch {s['torch']} with {s['threads']} threads"),
-            ("computes in", s["reason"]),
-        ]
+        rows += _system_rows(report["system"])
     return "".join(f"{label:<12}  {value}\n" for label, value in rows)
+
+
+def _system_rows(s: Mapping[str, Any]) -> list[tuple[str, str]]:
+    memory = human_bytes(s["memory_bytes"]) if s["memory_bytes"] else "unknown"
+    cores = f"{s['physical_cores']} cores to use (logical: {s['usable_cores']} of {s['cores']})"
+    kernels, gpu = s["kernels"], s["gpu"]
+    code = f"C++ for {kernels['isa']}" if kernels["isa"] else f"plain torch: {kernels['reason']}. {kernels['lost']}"
+    cuda = f"{gpu['cuda']} on {', '.join(gpu['devices'])}" if gpu["cuda"] else gpu["reason"]
+    return [
+        ("machine", f"{s['processor']}, {cores}, {memory} of memory, {s['platform']}"),
+        ("software", f"Python {s['python']}, torch {s['torch']}"),
+        ("threads", str(s["threads"])),
+        ("kernels", code),
+        ("CUDA", f"{cuda}; Triton {gpu['triton'] or 'is not installed'}"),
+        *(("cache", f"{c['path']}: {c['holds']}, {human_bytes(c['bytes'])}") for c in s["caches"]),
+        ("computes in", s["reason"]),
+    ]
 
 
 def _model_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
