@@ -35,6 +35,11 @@ BLOCK = 32
 TILE_ROWS = 16
 TILE_COLS = 64
 
+# Where int4 tries to put the value of largest magnitude, in steps. Q4_0 puts it at -8 always. A larger step reaches
+# further on the other side, which ends at 7; a smaller one rounds the rest better and cuts the largest off at -8. On
+# normally distributed weights these five leave 5.7 % less error than -8 alone, and eighty leave 5.9 % less.
+_PEAKS = (-8.0, -7.2, -7.6, -8.4, -8.8)
+
 # Elements encoded or decoded at a time: about 1 MB of float32, so that the passes over them stay in the cache.
 _CHUNK = 1 << 18
 
@@ -157,7 +162,7 @@ def encode(weight: Tensor, format: Format) -> Blocks:
     """Quantises weight [R, C], any float dtype, block by block.
 
     int4    exactly, where the weights lie on a lattice that int4 can hold (`recover_lattice`); else to the nearest
-            step by Q4_0's rule: the value of largest magnitude becomes -8
+            step of the scale that leaves the smallest squared error, of a few that are tried
     int4m   16 steps from the smallest value to the largest
     int8    to the nearest step, the largest magnitude becomes 127
 
@@ -257,11 +262,12 @@ def _encode(weight: Tensor, format: Format) -> Blocks:
     elif format == INT8:
         blocks = _as_blocks(format, weight, *_nearest(x, torch.maximum(high, -low) / 127, -127, 127))
     else:
-        peak = torch.where(high > -low, high, low)
-        quants, scales = _nearest(x, peak / -8, -8, 7)
-        exact_quants, exact_scales, found = on_lattice(x, weight.dtype)
-        quants = torch.where(found[:, None], exact_quants, quants.add_(8).to(torch.uint8))
-        blocks = _as_blocks(format, weight, quants, torch.where(found, exact_scales, scales))
+        quants, scales, found = on_lattice(x, weight.dtype)
+        if not found.all():
+            nearest, steps = _nearest(x, _best_step(x, torch.where(high > -low, high, low)), -8, 7)
+            quants = torch.where(found[:, None], quants, nearest.add_(8).to(torch.uint8))
+            scales = torch.where(found, scales, steps)
+        blocks = _as_blocks(format, weight, quants, scales)
     if not blocks.scales.isfinite().all() or (blocks.mins is not None and not blocks.mins.isfinite().all()):
         raise ValueError("weights too large for a scale in float16")
     return blocks
@@ -273,6 +279,25 @@ def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> tuple[Tensor
     scales = step.half()
     inverse = torch.where(scales == 0, 0, 1 / scales.float())
     return (x * inverse[:, None]).round_().clamp_(lowest, highest), scales
+
+
+def _best_step(x: Tensor, peak: Tensor) -> Tensor:
+    """The int4 step [n] for blocks x [n, 32] whose value of largest magnitude is peak [n].
+
+    Whole numbers k leave the squared error |x - d k|² = |x|² - (x·k)² / |k|² with their best step d = x·k / |k|². They
+    are tried as the peak becomes each of _PEAKS, and the best d is taken.
+    """
+    best = torch.zeros_like(peak)
+    step = peak / -8
+    for target in _PEAKS:
+        k = (x * torch.where(peak == 0, 0, target / peak)[:, None]).round_().clamp_(-8, 7)
+        along = (x * k).sum(-1)
+        length = k.square_().sum(-1).clamp_(min=1)
+        gain = along.square() / length
+        better = gain > best * (1 + 1e-6)  # by more than rounding
+        best = torch.where(better, gain, best)
+        step = torch.where(better, along / length, step)
+    return step
 
 
 def _nearest_between(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -133,7 +133,7 @@ def test_padding_is_zero(format: Format) -> None:
     assert not wide[:, 96:].any()
 
 
-@every_format
+@pytest.mark.parametrize("format", [INT4M, INT8], ids=lambda f: f.name)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @given(shape=shapes, seed=st.integers(0, 99), exponent=st.integers(-8, 4))
 def test_error_is_within_the_step(
@@ -143,13 +143,7 @@ def test_error_is_within_the_step(
     blocks = encode(weight, format)
     error = (decode(blocks) - weight.float()).abs()
     step = step_of(blocks, shape[1])
-    if format is INT4:
-        # Half a step, but for what lies beyond +7 steps: at most as far out as the largest, which is -8 steps. The
-        # scale was rounded to fp16, by up to 2^-11 of itself or 2^-25, and 8 steps are moved by 8 times that.
-        bound = step + 8 * (2**-10 * step + 2**-25)
-        inner = decode(blocks).abs() < 7 * step
-        assert (error[inner] <= (step / 2)[inner] * (1 + 1e-5)).all()
-    elif format is INT8:
+    if format is INT8:
         # Half a step; the largest is 127 steps of an unrounded scale.
         bound = step / 2 + 127 * (2**-11 * step + 2**-25)
     else:
@@ -159,14 +153,40 @@ def test_error_is_within_the_step(
     assert (error <= bound).all()
 
 
-def test_largest_magnitude_is_minus_eight() -> None:
-    """Q4_0's rule, sign included: 8 steps exist on the negative side only, so the scale takes the sign."""
-    weight = normal(64, 64)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@given(shape=shapes, seed=st.integers(0, 99), exponent=st.integers(-6, 4))
+def test_int4_takes_the_nearest_step_of_a_scale_no_worse_than_that_of_ggml(
+    dtype: torch.dtype, shape: tuple[int, int], seed: int, exponent: int
+) -> None:
+    weight = (normal(*shape, seed) * 2.0**exponent).to(dtype)
     blocks = encode(weight, INT4)
-    x, q = weight.view(64, 2, 32), blocks.quants.view(64, 2, 32)
-    largest = x.abs().argmax(-1, keepdim=True)
-    assert (q.gather(-1, largest) == 0).all()
-    assert torch.equal(blocks.scales.sign().float(), -x.gather(-1, largest)[..., 0].sign())
+    x, values = weight.float(), decode(blocks)
+    signed_step = blocks.scales.float().repeat_interleave(BLOCK, dim=1)[:, : shape[1]]
+    all_values = signed_step[..., None] * torch.arange(-8, 8)
+    nearest = (all_values - x[..., None]).abs().amin(-1)
+    # A tie may go either way, and float32 decides what is one: x / step is off by 2^-22 of up to 8.8 steps.
+    assert ((values - x).abs() <= nearest + 2**-18 * signed_step.abs()).all()
+
+    def by_block(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (0, -shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+
+    b = by_block(x)
+    scale = b.gather(-1, b.abs().argmax(-1, keepdim=True)) / -8  # Q4_0: the largest magnitude becomes -8
+    ggml = scale * torch.where(scale == 0, 0, b / scale).round().clamp(-8, 7)
+    # Another scale is only taken for less error. Rounding it to fp16 moves 32 weights by up to 8 steps times 2^-11,
+    # for normal fp16 numbers, which these scales are.
+    slack = 32**0.5 * 8 * 2**-11 * scale.abs()[..., 0]
+    assert ((by_block(values) - b).norm(dim=-1) <= (ggml - b).norm(dim=-1) + slack).all()
+
+
+def test_int4_leaves_less_error_than_the_largest_magnitude_alone() -> None:
+    """The share that the comment on `_PEAKS` states: 5.7 % less than Q4_0's rule on normally distributed weights."""
+    weight = normal(2000, 320)
+    b = weight.view(-1, BLOCK)
+    scale = b.gather(-1, b.abs().argmax(-1, keepdim=True)) / -8
+    ggml = (scale * (b / scale).round().clamp(-8, 7)).view_as(weight)
+    ratio = (decode(encode(weight, INT4)) - weight).norm() / (ggml - weight).norm()
+    assert 0.938 < ratio < 0.948  # the average of 20,000 blocks, each within a tenth or so of it
 
 
 def test_int8_uses_its_whole_range() -> None:
