@@ -94,6 +94,7 @@ class Log:
 
     def __init__(self, path: Path, run: str) -> None:
         self.path, self.run = path, run
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, part: str, engine: str, **sample: Any) -> None:
         record = {"run": self.run, "part": part, "engine": engine, **sample}
@@ -264,7 +265,7 @@ def _by_turn(records: Iterable[Record], value: Any) -> dict[str, dict[int, float
 
 
 def _spreads(values: Mapping[str, Mapping[int, float]], scale: float = 1, unit: str = "") -> dict[str, str]:
-    return {name: figure(Spread.of(scale * v for v in turns.values())) + unit for name, turns in values.items()}
+    return {name: str(Spread.of(scale * v for v in turns.values())) + unit for name, turns in values.items()}
 
 
 def _ratio(values: Mapping[str, Mapping[int, float]]) -> str:
@@ -273,17 +274,7 @@ def _ratio(values: Mapping[str, Mapping[int, float]]) -> str:
         return ""
     (_, ours), (_, theirs) = sorted(values.items(), key=lambda item: item[0] != "iolite")
     both = ours.keys() & theirs.keys()
-    return "× " + figure(Spread.of(ours[turn] / theirs[turn] for turn in both)) if both else ""
-
-
-def figure(spread: Spread) -> str:
-    """Three digits, and the range where there is one."""
-    low, middle, high = (_digits(value) for value in (spread.low, spread.median, spread.high))
-    return middle if low == high else f"{middle} ({low}–{high})"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"× {Spread.of(ours[turn] / theirs[turn] for turn in both)}" if both else ""
 
 
 def table(records: Sequence[Record]) -> str:
@@ -295,7 +286,7 @@ def table(records: Sequence[Record]) -> str:
     size = f"{machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
     lines = [
         f"{machine['processor']}, {size}; {machine['day']}",
-        *(f"{name}: {about[name]['version']}; {about[name]['threads']} threads" for name in names if name in about),
+        *(f"{name}: {_engine(about[name])}" for name in names if name in about),
         *_limits(parts),
     ]
     text = [f"- {line}" for line in lines] + ["", "```", *(r["command"] for r in _commands(parts, records)), "```", ""]
@@ -307,12 +298,17 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(text) + "\n"
 
 
+def _engine(about: Record) -> str:
+    code = f", {about['code']}" if about.get("code") else ""
+    return f"{about['version']}; {about['threads']} threads{code}"
+
+
 def _limits(parts: Mapping[str, Sequence[Record]]) -> list[str]:
     """The machine's own rates in these runs."""
     bandwidth = [rate for r in parts.get("decode", ()) for rate in r["bandwidth"]]
     int8 = [rate for r in parts.get("prefill", ()) for rate in r["int8"] if rate is not None]
-    lines = [f"memory bandwidth, GB/s: {figure(Spread.of(bandwidth))}"] if bandwidth else []
-    return lines + ([f"8-bit rate, GMAC/s: {figure(Spread.of(int8))}"] if int8 else [])
+    lines = [f"memory bandwidth, GB/s: {Spread.of(bandwidth)}"] if bandwidth else []
+    return lines + ([f"8-bit rate, GMAC/s: {Spread.of(int8)}"] if int8 else [])
 
 
 def _commands(parts: Mapping[str, Sequence[Record]], records: Sequence[Record]) -> list[Record]:
@@ -342,7 +338,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--passes", type=numbers, default="2,3,4,6,8", help="default: %(default)s")
     parser.add_argument("--prefill", type=numbers, default="64,280,512", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=7, help="turns; default: %(default)s")
-    parser.add_argument("--log", type=Path, default=Path("bench-cpu.jsonl"), help="default: %(default)s")
+    parser.add_argument("--log", type=Path, default=Path("runs/bench-cpu.jsonl"), help="default: %(default)s")
     parser.add_argument("--report", type=Path, metavar="LOG", help="measure nothing, print the table of a log")
     options = parser.parse_args(arguments)
     unknown = [part for part in options.only.split(",") if part not in PARTS]

@@ -165,7 +165,7 @@ class LlamaCpp:
         return {
             "version": f"llama-cpp-python {self.lib.__version__}",
             "threads": self.lib.llama_n_threads(self.context),
-            "code": system.strip(),
+            "system": system.strip(),
         }
 
     def _decode(self, start: int, count: int, every: bool) -> list[int]:

@@ -85,7 +85,9 @@ def command(
         return load_model(model, threads, quantize=quantize, kv=kv, **loading)
 
     loaded, found["load"] = speed.measure_load(load)
-    _check_lengths(loaded, depths, passes, prefill, parts)
+    depths = _fitting(loaded.context, "decode", "depths", depths, 1)
+    passes = _fitting(loaded.context, "passes", "passes", passes, depths[0])
+    prefill = _fitting(loaded.context, "prefill", "prefill", prefill, 0)
     if "load" in parts:
         say(_load_line(found["load"]))
         del loaded
@@ -124,21 +126,19 @@ def _parts(only: str | None) -> tuple[str, ...]:
     return names
 
 
-def _check_lengths(
-    model: Model, depths: Sequence[int], passes: Sequence[int], prefill: Sequence[int], parts: Sequence[str]
-) -> None:
-    """UsageError when something asked for does not fit into the context."""
-    longest = {
-        "decode": max(depths) + 1,
-        "passes": depths[0] + max(passes),
-        "prefill": max(prefill),
-    }
-    for part, tokens in longest.items():
-        if part in parts and tokens > model.context:
+def _fitting(context: int, part: str, name: str, wanted: Sequence[int], more: int) -> tuple[int, ...]:
+    """Those of the numbers that leave room for `more` tokens in the context. The defaults may be too large for a small
+    model, which is said; a number that was asked for and does not fit is a UsageError."""
+    fitting = tuple(n for n in wanted if n + more <= context)
+    if fitting != tuple(wanted):
+        source = click.get_current_context().get_parameter_source(name)
+        too_large = max(wanted) + more
+        if source is not click.core.ParameterSource.DEFAULT or not fitting:
             raise UsageError(
-                f"{part} would need {tokens} tokens and the context is {model.context}",
-                "give smaller numbers to --depth, --passes or --prefill",
+                f"{part} would need {too_large} tokens and the context is {context}", "give smaller numbers"
             )
+        say(f"note: {part} at {max(wanted):,} is left out: this model takes {context:,} tokens")
+    return fitting
 
 
 def _measure(
@@ -198,7 +198,7 @@ def _tables(report: Mapping[str, Any]) -> list[Table]:
         ]
         made.append(_table("drawing", ("cached tokens", "tokens/s", "GB/s", "of bandwidth"), rows))
     if "passes" in report:
-        rows = [(n, _shown(spread, "{:.2f}")) for n, spread in report["passes"].items()]
+        rows = [(n, _shown(spread)) for n, spread in report["passes"].items()]
         made.append(_table("one pass", ("tokens", "times one token"), rows))
     if "prefill" in report:
         rows = [
@@ -240,13 +240,13 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return table
 
 
-def _shown(spread: Mapping[str, float], number: str = "{:.4g}") -> str:
-    """The median, with the range where there is one."""
-    around = f" ({number.format(spread['low'])}–{number.format(spread['high'])})" if spread["n"] > 1 else ""
-    return number.format(spread["median"]) + around
+def _shown(spread: Mapping[str, Any]) -> str:
+    from iolite.evals.speed import Spread
+
+    return str(Spread(**spread))
 
 
-def _percent(spread: Mapping[str, float] | None) -> str:
-    if spread is None:
-        return "?"
-    return _shown({k: v if k == "n" else 100 * v for k, v in spread.items()}, "{:.0f}") + " %"
+def _percent(spread: Mapping[str, Any] | None) -> str:
+    from iolite.evals.speed import Spread
+
+    return f"{Spread(**spread).times(100)} %" if spread else "?"

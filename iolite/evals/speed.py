@@ -52,11 +52,21 @@ class Spread:
         values = sorted(samples)
         return cls(statistics.median(values), values[0], values[-1], len(values))
 
+    def times(self, factor: float) -> Spread:
+        return Spread(factor * self.median, factor * self.low, factor * self.high, self.n)
+
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+        """As "4.61 (4.50–4.75)": the median, and the range where there is one."""
+        low, middle, high = digits(self.low), digits(self.median), digits(self.high)
+        return middle if low == high else f"{middle} ({low}–{high})"
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+def digits(value: float) -> str:
+    """Three digits, or all before the point: "4.61", "46.1", "4,610"."""
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 class Probing(Protocol):
