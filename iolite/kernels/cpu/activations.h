@@ -1,11 +1,12 @@
 // Activations rounded to int8, one scale for each 32 of a row: what the products of isa_matmul.cpp read.
 //
 // Tokens stand in groups. In a group of T, block by block, the four activations that meet one load of weights lie
-// together for all its tokens: quants [block][8][T][4]. Scale, sum and start value are [block][T].
+// together for all its tokens: quants [block][8][T][4]. Scale, sum and start values are [block][T].
 #pragma once
 
 #include <cstdint>
 
+#include "dot.h"
 #include "scratch.h"
 #include "simd.h"
 #include "tasks.h"
@@ -19,23 +20,25 @@ struct Activations {
     int8_t* quants;
     float* scales;
     float* sums;      // scale * sum of the block's quants: what a minimum is multiplied with
-    int32_t* totals;  // the sum of the block's quants
+    int32_t* starts;  // where the integer sum begins for weights that lie 8 too high: -8 * sum of the block's quants
+    int32_t* starts8; // and for those of dot8
 
     int64_t groups() const { return ceil_div(n, group); }
     int64_t size(int64_t g) const { return min(group, n - g * group); }
-    int64_t offset(int64_t g) const { return g * group * blocks; }  // into scales, sums and totals; quants: times 32
+    int64_t offset(int64_t g) const { return g * group * blocks; }  // into scales, sums and starts; quants: times 32
 };
 
 // Where a call's activations go: the caller's shared scratch.
 IOL_INLINE Activations make_room(int64_t n, int64_t cols, int64_t group) {
     const int64_t blocks = ceil_div(cols, kTileCols) * 2, all = round_up(n * blocks, 16);
-    char* at = (char*)iol_scratch(IOL_SCRATCH_SHARED, (size_t)all * (32 + 12));
-    return {n, blocks, group, (int8_t*)at, (float*)(at + all * 32), (float*)(at + all * 36), (int32_t*)(at + all * 40)};
+    char* at = (char*)iol_scratch(IOL_SCRATCH_SHARED, (size_t)all * (32 + 16));
+    return {n, blocks, group, (int8_t*)at, (float*)(at + all * 32), (float*)(at + all * 36), (int32_t*)(at + all * 40),
+            (int32_t*)(at + all * 44)};
 }
 
 // One block of one token. x has 32 numbers, fewer at the end of a row.
 IOL_INLINE void round_block(const float* x, int64_t size, int8_t* quants, int64_t step, float* scale, float* sum,
-                            int32_t* total) {
+                            int32_t* start, int32_t* start8) {
     float padded[32];
     if (size < 32) {
         for (int64_t i = 0; i < 32; i++) padded[i] = i < size ? x[i] : 0.0f;
@@ -64,7 +67,8 @@ IOL_INLINE void round_block(const float* x, int64_t size, int8_t* quants, int64_
     int32_t sum_of_quants = 0;
     for (int i = 0; i < W; i++) sum_of_quants += count[i];
     *scale = d;
-    *total = sum_of_quants;
+    *start = -8 * sum_of_quants;
+    *start8 = kStart8 * sum_of_quants;
     *sum = d * (float)sum_of_quants;
 }
 
@@ -73,7 +77,7 @@ IOL_INLINE void round_token(const Activations& a, int64_t token, const float* x,
     for (int64_t block = 0; block < a.blocks; block++) {
         const int64_t begin = block * kBlock, i = at + block * T + t;
         round_block(x + begin, max((int64_t)0, min(kBlock, cols - begin)), a.quants + (at + block * T) * 32 + t * 4,
-                    T * 4, a.scales + i, a.sums + i, a.totals + i);
+                    T * 4, a.scales + i, a.sums + i, a.starts + i, a.starts8 + i);
     }
 }
 

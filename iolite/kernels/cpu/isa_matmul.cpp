@@ -23,17 +23,17 @@ struct Int4 {
     static constexpr int64_t kBytes = 576;
     static constexpr int kLoads = 4;
     static constexpr int64_t kScales = 512, kMinima = 0;
-    static constexpr int32_t kStart = -8;
+    static constexpr bool kStarts = true;
 };
 struct Int4m : Int4 {
     static constexpr int64_t kBytes = 640, kMinima = 576;
-    static constexpr int32_t kStart = 0;
+    static constexpr bool kStarts = false;
 };
 struct Int8 {
     static constexpr int64_t kBytes = 1088;
     static constexpr int kLoads = 8;
     static constexpr int64_t kScales = 1024, kMinima = 0;
-    static constexpr int32_t kStart = kStart8;
+    static constexpr bool kStarts = kStart8 != 0;
 };
 
 // A group of T tokens at some block.
@@ -41,12 +41,13 @@ struct Group {
     const int8_t* quants;
     const float* scales;
     const float* sums;
-    const int32_t* totals;
+    const int32_t* starts;  // of the format's kind, see Activations
 };
 
+template <class Format>
 IOL_INLINE Group group_at(const Activations& a, int64_t g, int64_t block) {
     const int64_t i = a.offset(g) + block * a.size(g);
-    return {a.quants + i * 32, a.scales + i, a.sums + i, a.totals + i};
+    return {a.quants + i * 32, a.scales + i, a.sums + i, (Format::kLoads == 4 ? a.starts : a.starts8) + i};
 }
 
 IOL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
@@ -65,7 +66,7 @@ void row_of_tiles(const uint8_t* tile, int64_t tiles, Group a, float* out) {
             const uint8_t* bytes = tile + b * Format::kLoads * 64;
             Ints sum[T];
     IOL_UNROLL
-            for (int t = 0; t < T; t++) sum[t] = ints(Format::kStart * a.totals[t]);
+            for (int t = 0; t < T; t++) sum[t] = ints(Format::kStarts ? a.starts[t] : 0);
     IOL_UNROLL
             for (int v = 0; v < Format::kLoads; v++) {
                 const Bytes w = load_bytes(bytes + v * 64);
@@ -92,7 +93,7 @@ void row_of_tiles(const uint8_t* tile, int64_t tiles, Group a, float* out) {
             a.quants += T * 32;
             a.scales += T;
             a.sums += T;
-            a.totals += T;
+            a.starts += T;
         }
     }
     IOL_UNROLL
@@ -165,7 +166,7 @@ void panel_tokens(const Panel* panel, int64_t blocks, Group a, float* sums) {
     IOL_UNROLL
         for (int t = 0; t < T; t++) {
     IOL_UNROLL
-            for (int r = 0; r < kPanelTiles; r++) sum[t][r] = ints(Format::kStart * a.totals[t]);
+            for (int r = 0; r < kPanelTiles; r++) sum[t][r] = ints(Format::kStarts ? a.starts[t] : 0);
         }
     IOL_UNROLL
         for (int v = 0; v < 8; v++) {
@@ -195,7 +196,7 @@ void panel_tokens(const Panel* panel, int64_t blocks, Group a, float* sums) {
         a.quants += T * 32;
         a.scales += T;
         a.sums += T;
-        a.totals += T;
+        a.starts += T;
     }
     IOL_UNROLL
     for (int t = 0; t < T; t++) {
@@ -215,7 +216,7 @@ void panel_rows(const uint8_t* data, int64_t tiles, int64_t row_tiles, const Act
         unpack<Format>(data, tiles, row_tiles, block, blocks, &panel);
         for (int64_t g = first; g < last; g++) {
             float* out = sums + (g - first) * a.group * kPanelRows;
-            const Group at = group_at(a, g, block);
+            const Group at = group_at<Format>(a, g, block);
             switch (a.size(g)) {
                 case 1: panel_tokens<Format, 1>(&panel, blocks, at, out); break;
                 case 2: panel_tokens<Format, 2>(&panel, blocks, at, out); break;
@@ -233,7 +234,7 @@ void tiles_times_groups(const iol_matrix& w, int64_t row_tile, int64_t row_tiles
         using Format = decltype(format);
         const uint8_t* data = (const uint8_t*)w.data + row_tile * tiles * Format::kBytes;
         if (a.group == kTokens && a.n > kFew) return panel_rows<Format>(data, tiles, row_tiles, a, first, last, sums);
-        row_of_tiles<Format>(data, tiles, group_at(a, first, 0), a.size(first), sums);
+        row_of_tiles<Format>(data, tiles, group_at<Format>(a, first, 0), a.size(first), sums);
     };
     if (w.format == 4) return go(Int4{});
     if (w.format == 5) return go(Int4m{});
