@@ -1,6 +1,6 @@
 // Attention for a few rows, where reading the cache is what takes time: one new token, or some, of a sliding layer.
-// Keys and values are read where they lie, bfloat16 widened in registers, the lanes along the head: D must divide by 64.
-// Everything is asked for ahead: the values of a block while its scores are computed, the next block's keys after that.
+// Keys and values are read where they lie, bfloat16 widened in registers, the lanes along the head; D is a multiple of
+// 64. All is asked for ahead: a block's values while its scores are computed, the next block's keys after that.
 #pragma once
 
 #include "attention_parts.h"

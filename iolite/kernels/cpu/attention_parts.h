@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kRows = 96;  // rows of a task: 2 panels of 3 vectors with AVX-512; divides by 6, the rows of a product
+constexpr int64_t kRows = 96;  // of a task: 2 panels of 3 vectors with AVX-512; divides by 6, the rows of a product
 constexpr int64_t kKeys = 64;  // keys of a block
 constexpr float kNone = -__builtin_inff();
 

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kDepth = 128;  // of the head at a time: 48 rows of queries are then 24 KiB and stay in the first cache
+constexpr int64_t kDepth = 128;  // of the head at a time: 48 rows of queries are 24 KiB then, and stay in the L1 cache
 constexpr int kPanel = 3;        // vectors of rows
 constexpr int kValueRows = 6, kValueVectors = kManyRegisters ? 4 : 2;  // 24 or 12 accumulators
 constexpr int64_t kStrip = kValueVectors * W;

@@ -105,7 +105,7 @@ void run(iol_pool* pool, const iol_attention_args& a) {
     }
     for_tasks(pool, tasks, alone, [&](int64_t task) {
         const int64_t group = task / plan.ranges;
-        const int64_t block = plan.row_blocks - 1 - group / a.K;  // the last rows look at the most keys: the longest first
+        const int64_t block = plan.row_blocks - 1 - group / a.K;  // the longest first: the last rows see the most keys
         run_task<T>(plan, block, group % a.K, task % plan.ranges);
     });
     if (plan.ranges == 1) return;

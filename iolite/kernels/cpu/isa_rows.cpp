@@ -1,4 +1,5 @@
 // Work on rows and on single numbers: norms, rope, gated gelu, softcap. Formulas: iolite/kernels/reference.py.
+#include "gelu.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -52,12 +53,6 @@ void turn(float* x, const float* cos, const float* sin, int64_t half) {
         x[j] = a * cos[j] - b * sin[j];
         y[j] = b * cos[j] + a * sin[j];
     }
-}
-
-// gelu(g) = g (1 + tanh u) / 2 with u = sqrt(2/pi) (g + 0.044715 g³), which is g / (1 + e^-2u).
-IOL_INLINE vf gelu(vf g) {
-    const vf u = 0.7978845608028654f * (g + 0.044715f * (g * g * g));
-    return g / (1.0f + exp(-2.0f * u));
 }
 
 }  // namespace
