@@ -207,6 +207,11 @@ class ModelConfig:
             "use_bidirectional_attention": "vision",
             "num_kv_shared_layers": 0,
             "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": False,
+            "num_experts": None,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,  # llama.cpp's converter wants it to be there
             "tie_word_embeddings": self.tie_word_embeddings,
         }
         vision = self.vision and {
@@ -301,7 +306,10 @@ class ProcessorConfig:
     @classmethod
     def from_folder(cls, folder: Path, model: ModelConfig) -> ProcessorConfig:
         path = Path(folder) / "processor_config.json"
-        data = read_json(path) if path.is_file() else {}
+        return cls.from_hf(read_json(path) if path.is_file() else {}, model)
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any], model: ModelConfig) -> ProcessorConfig:
         image, video, audio = (
             _section(data, key) for key in ("image_processor", "video_processor", "feature_extractor")
         )
@@ -330,6 +338,7 @@ class ProcessorConfig:
         sizes: dict[str, Any] = {"patch_size": self.patch_size, "pooling_kernel_size": self.pooling_kernel_size}
         sizes |= {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255}
         sizes |= {"do_convert_rgb": True, "resample": 3}
+        sizes |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # llama.cpp's converter reads them
         data: dict[str, Any] = {
             "processor_class": "Gemma4UnifiedProcessor",
             "image_seq_length": self.image_max_soft_tokens,

@@ -82,6 +82,10 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer that can be read") from error
         return cls(backend)
 
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        return self._backend.to_str(pretty=True)
+
     def encode(self, text: str) -> list[int]:
         """The ids of text. Special tokens written in it become their ids; nothing is added.
 
