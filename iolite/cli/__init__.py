@@ -110,7 +110,9 @@ def run_command(argv: Sequence[str]) -> int:
 
 def print_error(message: str, hint: str | None = None) -> None:
     """`error: …` and `hint: …` on stderr, coloured only on a terminal that allows it."""
+    from iolite.cli.terminal import harmless
+
     color = False if os.environ.get("NO_COLOR") else None
-    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True, color=color)
+    click.echo(click.style("error: ", fg="red", bold=True) + harmless(message), err=True, color=color)
     if hint:
-        click.echo(click.style("hint: ", fg="cyan") + hint, err=True, color=color)
+        click.echo(click.style("hint: ", fg="cyan") + harmless(hint), err=True, color=color)

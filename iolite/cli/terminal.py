@@ -1,6 +1,7 @@
 """What run, chat and transcribe show: the answer on stdout, everything else on stderr.
 
-Text that a model wrote may hold escape sequences; on a terminal its control characters are shown as U+FFFD.
+Text that a model wrote, or names out of a file, may hold escape sequences; on a terminal their control characters are
+shown as U+FFFD.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from iolite.generate.reply import Reply
     from iolite.generate.stream import ReplyStream
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and halves of characters, as JSON has them
 
 
 def harmless(text: str) -> str:
-    """The text without control characters other than newline and tab."""
+    """The text without control characters other than newline and tab, and without what UTF-8 cannot write."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

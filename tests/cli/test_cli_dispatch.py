@@ -165,3 +165,8 @@ def test_every_command_is_there():
         assert isinstance(cli.cli.get_command(ctx, name), click.Command), name
     assert cli.cli.get_command(ctx, "ls") is cli.cli.get_command(ctx, "list")
     assert cli.cli.get_command(ctx, "errors") is None  # only the table's names are imported
+
+
+def test_errors_are_shown_without_control_characters(capsys):
+    cli.print_error("no tensor \x1b[2J\ud800 here", "a\x07b")  # as the names in a checkpoint may have them
+    assert capsys.readouterr().err == "error: no tensor �[2J� here\nhint: a�b\n"
