@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -580,7 +581,7 @@ def _count(data: Mapping[str, Any], key: str, default: int | None, low: int, hig
 
 def _number(data: Mapping[str, Any], key: str, default: float, low: float) -> float:
     value = default if data.get(key) is None else data[key]
-    if type(value) not in (int, float) or not math.isfinite(value) or value < low:
+    if type(value) not in (int, float) or not low <= value <= sys.float_info.max:  # neither NaN nor a huge int
         raise ConfigError(f"config: {key} must be a finite number of at least {low:g}, not {value!r}")
     return float(value)
 
