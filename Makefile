@@ -1,13 +1,15 @@
 # Two commands do everything on a fresh machine: `make run` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+KERNELS := iolite/kernels/cpu
 
-.PHONY: help run test test-fast lint format docs clean
+.PHONY: help run test test-fast kernels lint format docs clean
 
 help:
 	@echo "make run        install iolite into .venv and let the embedded model look and listen"
 	@echo "make test       lint, types and the whole test suite"
 	@echo "make test-fast  the test suite without its slow part"
+	@echo "make kernels    compile the C++ kernels that changed"
 	@echo "make lint       ruff and mypy;  make format: let ruff format"
 	@echo "make docs       write docs/reference from the commands' help and the docstrings"
 
@@ -16,16 +18,20 @@ run: .venv/.iolite
 	$(BIN)/iolite run nano "What colour is the shape?" --image docs/demo/shape.png
 	$(BIN)/iolite transcribe docs/demo/digits.wav
 
-test: lint
+test: lint kernels
 	$(BIN)/python -m pytest
 
-test-fast: .venv/.dev
+test-fast: .venv/.dev kernels
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Installing compiles them too; this is for afterwards. Without a compiler the tests of the reference still run.
+kernels: .venv/.dev
+	-$(BIN)/python $(KERNELS)/build.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -37,13 +43,13 @@ docs: .venv/.dev
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/.iolite: .venv/bin/python pyproject.toml
+.venv/.iolite: .venv/bin/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-.venv/.dev: .venv/bin/python pyproject.toml
+.venv/.dev: .venv/bin/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@ .venv/.iolite
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info $(KERNELS)/build $(KERNELS)/libiolite.*

@@ -1,0 +1,14 @@
+"""C++ kernels for float32 on the CPU, called through ctypes. `iolite.h` is their interface, `build.py` compiles them.
+
+`load()` gives the library or None, `reason()` why not; the operations follow `iolite/kernels/reference.py`.
+"""
+
+from iolite.kernels.cpu.attention import attention
+from iolite.kernels.cpu.library import isa, isas, load, reason, set_threads, threads
+from iolite.kernels.cpu.products import gated, linear
+from iolite.kernels.cpu.rows import add_rms_norm, embed, geglu, norm_rope, rms_norm, softcap
+
+__all__ = [
+    "add_rms_norm", "attention", "embed", "gated", "geglu", "isa", "isas", "linear", "load", "norm_rope", "reason",
+    "rms_norm", "set_threads", "softcap", "threads",
+]  # fmt: skip

@@ -1,0 +1,94 @@
+// The machine's rates, measured by all threads of a pool.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "share.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+double median(std::vector<double> values) {
+    std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+    return values[values.size() / 2];
+}
+
+constexpr int64_t kPiece = 128 << 10;  // what a thread claims at a time, as in a product
+
+// Anonymous memory in huge pages, where the system gives them: reading it is as fast as reading gets.
+struct Memory {
+    uint8_t* data;
+    int64_t bytes;
+
+    explicit Memory(int64_t wanted) : data(nullptr), bytes(max((int64_t)1, wanted / kPiece) * kPiece) {
+        void* p = mmap(nullptr, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED) return;
+#ifdef MADV_HUGEPAGE
+        madvise(p, (size_t)bytes, MADV_HUGEPAGE);
+#endif
+        data = (uint8_t*)p;
+    }
+    ~Memory() {
+        if (data) munmap(data, (size_t)bytes);
+    }
+    Memory(const Memory&) = delete;
+};
+
+volatile uint64_t sink;
+
+}  // namespace
+
+double iol_probe_bandwidth(iol_pool* pool, int64_t bytes, double seconds) {
+    const Memory memory(bytes);
+    if (!memory.data) return 0.0;
+    const int64_t pieces = memory.bytes / kPiece;
+    const iol_kernels& kernels = iol_active();
+    // Pages that nobody wrote to would all be one page of zeros.
+    share(pool, pieces, 1, [&](int64_t begin, int64_t) { std::memset(memory.data + begin * kPiece, 1, kPiece); });
+    std::vector<double> rates[IOL_READ_WAYS];
+    const auto begin = Clock::now();
+    do {
+        for (int way = 0; way < IOL_READ_WAYS; way++) {
+            const auto start = Clock::now();
+            share(pool, pieces, 1, [&](int64_t first, int64_t last) {
+                sink = kernels.read_memory(memory.data + first * kPiece, (last - first) * kPiece, way);
+            });
+            rates[way].push_back((double)memory.bytes / seconds_since(start) / 1e9);
+        }
+    } while (seconds_since(begin) < seconds);
+    double best = 0.0;
+    for (const auto& of_way : rates) best = std::max(best, median(of_way));
+    return best;
+}
+
+double iol_probe_int8(iol_pool* pool, double seconds) {
+    const iol_kernels& kernels = iol_active();
+    const int64_t tasks = 4 * iol_pool_threads(pool);
+    int64_t rounds = 1 << 10;
+    std::vector<double> rates;
+    const auto begin = Clock::now();
+    do {
+        int64_t products = 0;
+        const auto start = Clock::now();
+        share(pool, tasks, 1, [&](int64_t, int64_t) {
+            int32_t sum;
+            const int64_t made = kernels.multiply_int8(rounds, &sum);
+            sink = (uint64_t)sum;
+            __atomic_fetch_add(&products, made, __ATOMIC_RELAXED);
+        });
+        const double took = seconds_since(start);
+        if (took < seconds / 32) {
+            rounds *= 2;  // too short to be a measurement
+        } else {
+            rates.push_back((double)products / took / 1e9);
+        }
+    } while (seconds_since(begin) < seconds || rates.empty());
+    return median(rates);
+}

@@ -1,0 +1,26 @@
+"""What the machine can do: the rates that kernels are judged by."""
+
+from __future__ import annotations
+
+from iolite.kernels.cpu.library import Library, load
+
+
+def bandwidth(bytes: int, seconds: float) -> float:
+    """GB/s that all threads together read from memory, going through `bytes` over and over for about `seconds`.
+
+    Memory in huge pages, one stream for each thread; the median of the best of a few ways to read.
+    """
+    library = _library()
+    return float(library.probe_bandwidth(library.pool, bytes, seconds))
+
+
+def int8_rate(seconds: float) -> float:
+    """Billions of int8 multiply-adds a second, in registers, by all threads, with the code path in use."""
+    library = _library()
+    return float(library.probe_int8(library.pool, seconds))
+
+
+def _library() -> Library:
+    library = load()
+    assert library is not None, "ask load() first"
+    return library
