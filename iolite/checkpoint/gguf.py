@@ -147,22 +147,27 @@ class GgufFile:
     def _read_parts(self, count: int) -> None:
         """Adds the tensors of the parts 2 to `count`; the first one's metadata is the model's."""
         first = part_name(self.path.name, 1, count)
-        if self.metadata.get("split.no") != 0 or self.path.name != first:
+        if not _is(self.metadata, "split.no", 0) or self.path.name != first:
             named = f"the first is {first}" if first else "their names must end in -00001-of-00002.gguf and so on"
             raise CheckpointError(f"{self.path.name} is a later one of {count} parts, or was renamed", named)
         for number in range(2, count + 1):
             path = self.path.with_name(part_name(first, number, count))
             self._maps.append(_open(path))
             metadata, tensors = _read_header(self._maps[-1], path.name, number - 1)
-            if metadata.get("split.count") != count or metadata.get("split.no") != number - 1:
+            if not _is(metadata, "split.count", count) or not _is(metadata, "split.no", number - 1):
                 raise CheckpointError(f"{path.name} is not part {number} of {count} of this model")
             both = self.tensors.keys() & tensors.keys()
             if both:
                 raise CheckpointError(f"{path.name}: tensor {min(both)!r} stands in an earlier part too")
             self.tensors.update(tensors)
-        total = self.metadata.get("split.tensors.count", len(self.tensors))
-        if total != len(self.tensors):
+        if "split.tensors.count" in self.metadata and not _is(self.metadata, "split.tensors.count", len(self.tensors)):
+            total = self.metadata["split.tensors.count"]
             raise CheckpointError(f"{self.path.name}: the parts hold {len(self.tensors)} tensors, not {total}")
+
+
+def _is(metadata: Mapping[str, Any], key: str, number: int) -> bool:
+    """Whether the value is this number; it may be anything else too, and arrays do not compare like numbers."""
+    return type(metadata.get(key)) is int and metadata[key] == number
 
 
 def part_name(name: str, number: int, count: int) -> str:

@@ -244,6 +244,9 @@ def test_parts_that_do_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match="hold 3 tensors, not 4"):
         GgufFile(write_parts(tmp_path, total=4))
     first = write_parts(tmp_path)
+    arrays = key("split.count", 2, b"\x03\x00"), key("split.no", 9, array(4, 2, bytes(8)))
+    with pytest.raises(CheckpointError, match="later one of 3 parts"):
+        GgufFile(Gguf(arrays).write(tmp_path / "o-00001-of-00003.gguf"))
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf is missing"):
         GgufFile(first)
