@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from iolite.kernels import reference
+from iolite.kernels import cpu, reference
 from iolite.kernels.contracts import Keys, Matrix
 from iolite.kernels.reference import attention, rope_angles
 
@@ -23,11 +23,6 @@ __all__ = [
     "add_rms_norm", "attend", "attention", "embed", "gated", "geglu", "linear", "norm_rope", "only_reference",
     "project", "rms_norm", "rope_angles", "softcap",
 ]  # fmt: skip
-
-try:
-    from iolite.kernels import cpu
-except ImportError:
-    cpu = None  # type: ignore[assignment]
 
 _allowed = os.environ.get("IOLITE_KERNELS", "") != "reference"
 
@@ -50,7 +45,6 @@ def _on_cpu(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and cpu is not None
         and cpu.load() is not None
     )
 
@@ -113,7 +107,6 @@ def embed(matrix: Matrix, ids: Tensor) -> Tensor:
         _allowed
         and ids.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and cpu is not None
         and cpu.load() is not None
     ):
         return cpu.embed(matrix, ids)
