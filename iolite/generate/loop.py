@@ -17,6 +17,7 @@ from torch import Tensor
 
 from iolite.cache import KVCache
 from iolite.errors import CheckpointError, ContextError, UsageError
+from iolite.generate import graph
 from iolite.generate.sampling import Sampler, SamplingParams
 from iolite.model.batch import Media, RaggedBatch, Segment
 from iolite.model.prefill import prefill
@@ -91,6 +92,7 @@ class Decoding:
         self.prefill_seconds = 0.0  # up to and including the first token
         self.decode_seconds = 0.0
         self.count = 0
+        self._step: graph.StaticStep | None = None
 
     def __iter__(self) -> Iterator[Drawn]:
         sampler, ids = Sampler(self.params), list(self.prompt.ids)
@@ -111,18 +113,26 @@ class Decoding:
 
     @torch.inference_mode()
     def _next(self, sampler: Sampler, ids: list[int]) -> int:
-        if self.count == 0:
-            for hidden in prefill(self.network, self.prompt, self.cache, progress=self.progress):
-                last = hidden[-1:]
-        else:
-            last = advance(self.network, ids[-1], self.cache)
-        logits = self.network.logits(last)[0]
+        logits = self._logits(ids[-1])
         if logits.isnan().any():
             raise CheckpointError(
                 "the model computed values that are not numbers (NaN)",
                 "its weights are damaged, or the number format is too narrow for it: try float32 or bfloat16",
             )
         return sampler(ids, logits)
+
+    def _logits(self, token: int) -> Tensor:
+        """Scores [V] of what follows the prompt, then of what follows each drawn token."""
+        if self.count == 0:
+            for hidden in prefill(self.network, self.prompt, self.cache, progress=self.progress):
+                last = hidden[-1:]
+        elif graph.wanted(self.network.language_model.embed_tokens.weight.device):
+            if self._step is None:
+                self._step = graph.StaticStep(self.network, self.cache)
+            return self._step([token])[0]
+        else:
+            last = advance(self.network, token, self.cache)
+        return self.network.logits(last)[0]
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self.params.stop_ids:

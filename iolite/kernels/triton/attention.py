@@ -11,6 +11,7 @@ Letters: N new tokens, H query heads, K key-value heads, D head size, P parts th
 Source of the idea: "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding/.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iolite.kernels.triton.dot import dot
+from iolite.kernels.triton.dot import OPTIONS, dot
 from iolite.kernels.triton.matmul import multiprocessors
 
 _MAX_PARTS = 128
@@ -117,11 +118,11 @@ def attend(
             q, k, v, totals, stats, stats if length is None else length, first, past, room, window, tokens, heads,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             GROUP=group, D=size, WIDTH=width, QUERIES=queries, KEYS=step, PARTS=parts, ON_DEVICE=length is not None,
-            num_warps=4 if width <= 256 else 8, num_stages=2,
+            num_warps=4 if width <= 256 else 8, num_stages=2, **OPTIONS,
         )  # fmt: skip
         block = min(64, width)
         _merge[(tokens * heads, triton.cdiv(size, block))](
-            totals, stats, out, tokens * heads, D=size, WIDTH=block, PARTS=parts
+            totals, stats, out, tokens * heads, D=size, WIDTH=block, PARTS=parts, **OPTIONS
         )
     return out
 

@@ -1,5 +1,6 @@
-"""The one product of tiles that the kernels use, on a GPU and under Triton's interpreter."""
+"""What the kernels need to be the same on a GPU and under Triton's interpreter: a product of tiles, and options."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -7,6 +8,9 @@ import triton.language as tl
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1 was set before Triton was imported
+
+# A product and a sum may become one instruction; Triton's own default depends on its version.
+OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
 
 _WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
 

@@ -5,7 +5,7 @@ Three kernels for three amounts of tokens, because different things bound them:
     up to 4      `few`: bound by reading the weights. Each is read once, as a part of a 32-bit word, and multiplied in
                  float32 without tensor cores; the columns are split among programs when the rows are too few for all
                  multiprocessors.
-    up to 128    `some`: weights become the tokens' dtype in registers and go through tensor cores (`tl.dot`).
+    up to 64     `some`: weights become the tokens' dtype in registers and go through tensor cores (`tl.dot`).
     more         `unpack`: the matrix is decoded into memory once and multiplied by the library. Writing and reading it
                  costs eight times the packed bytes, which that many tokens outweigh.
 
@@ -14,12 +14,13 @@ A word holds 4 bytes of one row: part p of it (p = 0..7 of 4 bits, 0..3 of 8) is
 nothing has to be moved between threads.
 
 Everything here runs under Triton's interpreter on a CPU and compiles for compute capability 8.0 to 9.0. It has not run
-on a GPU yet: the borders 4 and 128 and the lists of block sizes come from counting instructions and bytes, and nothing
+on a GPU yet: the borders 4 and 64 and the lists of block sizes come from counting instructions and bytes, and nothing
 is known about speed.
 
 Letters: M tokens, R rows, C columns, Ct tiles along the columns.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import functools
@@ -31,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from iolite.kernels.triton.dot import INTERPRETED, dot
+from iolite.kernels.triton.dot import INTERPRETED, OPTIONS, dot
 
-FEW, SOME = 4, 128  # the most tokens of the first and the second kernel
+FEW, SOME = 4, 64  # the most tokens of the first and the second kernel
 
 # The constants of a format, by the bytes of its tile. ZERO is the quant of weight 0 once int8 has lost its sign.
 _FORMATS: dict[int, dict[str, Any]] = {
@@ -98,37 +99,56 @@ def _few(
     BITS: tl.constexpr, ZERO: tl.constexpr, MINIMA: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, M, R]: each program has ROWS rows and tiles_each tiles of columns, TILES of them at a time."""
-    k, m = tl.arange(0, TILES * 2 * BITS), tl.arange(0, TOKENS)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """out [splits, M, R]: each program has ROWS rows and tiles_each tiles of columns, TILES of them at a time.
+
+    M is TOKENS, 1 to 4. The tokens are written out one by one: with a third dimension in their place the compiler
+    moves the weights between threads and loads x eight times over.
+    """
+    k = tl.arange(0, TILES * 2 * BITS)[:, None]
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :]
     word = k % (2 * BITS)
     row_tile = (rows // 16).to(tl.int64) * tile_cols
-    row_inside = rows < tl.cdiv(R, 16) * 16
     first = tl.program_id(1) * tiles_each
     stop = tl.minimum(first + tiles_each, tile_cols)
-    total = tl.zeros((TOKENS, TILES * 2 * BITS, ROWS), tl.float32)
+    total0 = tl.zeros((TILES * 2 * BITS, ROWS), tl.float32)
+    total1, total2, total3 = total0, total0, total0
     for start in range(first, stop, TILES):
         tile = start + k // (2 * BITS)
-        inside = tile < stop
         quants, scale, minimum = _load_words(
-            words, scales, row_tile[None, :] + tile[:, None], word[:, None], (rows % 16)[None, :],
-            inside[:, None] & row_inside[None, :], BITS, MINIMA,
-        )  # fmt: skip
-        product = tl.zeros((TOKENS, TILES * 2 * BITS, ROWS), tl.float32)
-        sums = tl.zeros((TOKENS, TILES * 2 * BITS), tl.float32)
+            words, scales, row_tile + tile, word, rows % 16, (tile < stop) & (rows < tl.cdiv(R, 16) * 16), BITS, MINIMA
+        )
+        product0 = tl.zeros((TILES * 2 * BITS, ROWS), tl.float32)
+        sum0 = tl.zeros((TILES * 2 * BITS, 1), tl.float32)
+        product1, product2, product3 = product0, product0, product0
+        sum1, sum2, sum3 = sum0, sum0, sum0
         for p in tl.static_range(32 // BITS):
+            part = _part(quants, p, BITS, ZERO)
             column = tile * 64 + _column(word, BITS) + _step(p, BITS)
-            mask = (m < M)[:, None] & (inside & (column < C))[None, :]
-            value = tl.load(x + m[:, None].to(tl.int64) * x_stride + column[None, :], mask, 0.0).to(tl.float32)
-            product += (value * _unit(p, BITS))[:, :, None] * _part(quants, p, BITS, ZERO)[None]
-            if MINIMA:
-                sums += value
-        total += product * scale[None]
-        if MINIMA:
-            total += sums[:, :, None] * minimum[None]
-    at = (tl.program_id(1) * M + m).to(tl.int64)[:, None] * R + rows[None, :]
-    result = tl.sum(total, axis=1).to(out.dtype.element_ty)
-    tl.store(out + at, result, (m < M)[:, None] & (rows < R)[None, :])
+            mask = (tile < stop) & (column < C)
+            value = tl.load(x + column, mask, 0.0).to(tl.float32)
+            product0, sum0 = product0 + (value * _unit(p, BITS)) * part, sum0 + value
+            if TOKENS > 1:
+                value = tl.load(x + x_stride + column, mask, 0.0).to(tl.float32)
+                product1, sum1 = product1 + (value * _unit(p, BITS)) * part, sum1 + value
+            if TOKENS > 2:
+                value = tl.load(x + 2 * x_stride + column, mask, 0.0).to(tl.float32)
+                product2, sum2 = product2 + (value * _unit(p, BITS)) * part, sum2 + value
+            if TOKENS > 3:
+                value = tl.load(x + 3 * x_stride + column, mask, 0.0).to(tl.float32)
+                product3, sum3 = product3 + (value * _unit(p, BITS)) * part, sum3 + value
+        total0 += product0 * scale + (sum0 * minimum if MINIMA else 0.0)
+        total1 += product1 * scale + (sum1 * minimum if MINIMA else 0.0)
+        total2 += product2 * scale + (sum2 * minimum if MINIMA else 0.0)
+        total3 += product3 * scale + (sum3 * minimum if MINIMA else 0.0)
+    at = out + tl.program_id(1).to(tl.int64) * M * R + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = tl.program_id(0) * ROWS + tl.arange(0, ROWS) < R
+    tl.store(at, tl.sum(total0, axis=0).to(out.dtype.element_ty), inside)
+    if TOKENS > 1:
+        tl.store(at + R, tl.sum(total1, axis=0).to(out.dtype.element_ty), inside)
+    if TOKENS > 2:
+        tl.store(at + 2 * R, tl.sum(total2, axis=0).to(out.dtype.element_ty), inside)
+    if TOKENS > 3:
+        tl.store(at + 3 * R, tl.sum(total3, axis=0).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -227,7 +247,7 @@ def _sizes(rows: int, tiles: int) -> dict[str, int]:
 # Words in flight for each thread of `few`: ROWS * TILES * 8 / (32 * warps), 4 to 16 of them at 4 bits.
 _few_tuned = _tuned(_few, [(16, 4, 2, 1), (16, 8, 4, 1), (32, 4, 4, 1), (32, 8, 4, 1), (64, 2, 4, 1), (64, 4, 4, 1)])
 # tl.dot wants at least 16 along K: two tiles at 4 bits.
-_some_tuned = _tuned(_some, [(32, 4, 4, 2), (64, 2, 4, 2), (64, 4, 4, 3), (128, 2, 4, 2), (128, 2, 8, 3), (128, 4, 8, 2)])
+_some_tuned = _tuned(_some, [(32, 4, 4, 2), (64, 2, 4, 2), (64, 4, 4, 3), (128, 2, 8, 3), (128, 4, 8, 2)])
 
 
 @functools.cache
@@ -261,11 +281,11 @@ def _fused(x: Tensor, data: Tensor, rows: int) -> Tensor:
     each = _tiles_each(row_tiles, tile_cols, x.device)
     splits = -(-tile_cols // each)
     out = x.new_empty(splits, tokens, rows, dtype=x.dtype if splits == 1 else torch.float32)
-    kernel, block = (_few_tuned, triton.next_power_of_2(tokens)) if tokens <= FEW else (_some_tuned, _block(tokens))
+    kernel, block = (_few_tuned, tokens) if tokens <= FEW else (_some_tuned, _block(tokens))
     blocks = 1 if tokens <= FEW else triton.cdiv(tokens, block)
     kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]), splits, blocks)](
         x, data.view(torch.int32), data.view(torch.float16), out, x.stride(0), tokens, rows, cols, tile_cols, each,
-        **_FORMATS[data.shape[-1]], TOKENS=block, **_sizes(32, 2),
+        **_FORMATS[data.shape[-1]], TOKENS=block, **_sizes(32, 2), **OPTIONS,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
@@ -280,7 +300,7 @@ def unpack(data: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     out = data.new_empty(rows, cols, dtype=dtype)
     _unpack[(triton.cdiv(rows, 16), triton.cdiv(cols, 128))](
         data, data.view(torch.float16), out, rows, cols, data.shape[1],
-        **_FORMATS[data.shape[-1]], ROWS=16, COLUMNS=128,
+        **_FORMATS[data.shape[-1]], ROWS=16, COLUMNS=128, **OPTIONS,
     )  # fmt: skip
     return out
 
@@ -292,7 +312,7 @@ def rows_of(data: Tensor, ids: Tensor, rows: int, cols: int, dtype: torch.dtype)
         with torch.cuda.device_of(data):
             _embed[(len(ids), triton.cdiv(cols, 1024))](
                 data, data.view(torch.float16), ids, out, rows, cols, data.shape[1],
-                **_FORMATS[data.shape[-1]], COLUMNS=1024,
+                **_FORMATS[data.shape[-1]], COLUMNS=1024, **OPTIONS,
             )  # fmt: skip
     return out
 

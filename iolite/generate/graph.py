@@ -1,0 +1,150 @@
+"""The decode step with fixed shapes, which a GPU can play back as one CUDA graph.
+
+Starting the thousand small kernels of a step from Python takes longer than running them. A CUDA graph records them once
+and starts them all at once, but on the same tensors every time: so the new tokens' embeddings, the length of the
+sequence and the cache's buffers stay where they are, and everything that depends on the length (positions, rows of the
+cache, masks) is computed on the device from a tensor. `StaticBatch` is that view of a cache, `StaticStep` the step.
+
+Used by `iolite/generate/loop.py` on CUDA devices; IOLITE_CUDA_GRAPH=0 in the environment turns it off. Everything but
+the recording itself (`capture`) is tested on the CPU; a graph has not been recorded on a GPU yet.
+
+Letters: n new tokens, M hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from iolite.cache import GrowingCache, KVCache, RingCache
+from iolite.config import TextConfig
+from iolite.kernels import ring
+from iolite.model.attention import Attend
+from iolite.model.batch import Media
+from iolite.model.unified import Unified
+
+Work = Callable[[], Tensor]
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether single tokens are to be drawn by a `StaticStep` on this device."""
+    return device.type == "cuda" and os.environ.get("IOLITE_CUDA_GRAPH") != "0"
+
+
+class StaticBatch:
+    """n new tokens of one sequence, whose length is a tensor on the device; its cache's buffers have room for them."""
+
+    def __init__(self, config: TextConfig, cache: KVCache, length: Tensor, n: int) -> None:
+        """length: how many tokens the cache holds, an integer tensor without dimensions; cache.length is not read."""
+        self.config, self.cache, self.length, self.media = config, cache, length, Media()
+        self.positions = length + torch.arange(n, device=length.device)
+
+    def attend(self, layer: int) -> Attend:
+        window = None if self.config.is_full(layer) else self.config.sliding_window
+        keys, values = buffers(self.cache, layer)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            ring.write(keys, k, self.length)
+            ring.write(values, v, self.length)
+            return ring.attend(q, keys, values, self.length, window)
+
+        return attend
+
+    def finish(self) -> None:
+        pass
+
+
+def buffers(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [rows, K, D] of one layer, as far as they have grown."""
+    rows = cache.layers[layer]
+    assert isinstance(rows, GrowingCache | RingCache) and rows.k is not None and rows.v is not None
+    return rows.k, rows.v
+
+
+def reserve(cache: KVCache, tokens: int) -> bool:
+    """Makes room for that many tokens in a cache that has read some already; whether any buffer was replaced."""
+    replaced = False
+    for number, layer in enumerate(cache.layers):
+        old, _ = buffers(cache, number)
+        assert isinstance(layer, GrowingCache | RingCache)
+        new, _ = layer.reserve(tokens if isinstance(layer, GrowingCache) else layer.limit, old)
+        replaced |= new is not old
+    return replaced
+
+
+class StaticStep:
+    """Passes over n tokens each that continue one cache, in the same tensors every time.
+
+    On a CUDA device the first pass is recorded and then played back; when the cache outgrows its buffers, it is
+    recorded again. `note` says why a pass could not be recorded and is run operator by operator, None otherwise.
+    """
+
+    def __init__(self, network: Unified, cache: KVCache, n: int = 1, *, backend: str | None = None) -> None:
+        """cache: one that a prompt has been read into. backend: a backend of torch.compile to compile the pass with."""
+        self.network, self.cache, self.n = network, cache, n
+        self.device = network.language_model.embed_tokens.weight.device
+        self.length = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.hidden: Tensor | None = None  # [n, M], the new tokens' embeddings
+        self.note: str | None = None
+        self._compute = self._pass
+        if backend is not None:
+            self._compute = torch.compile(self._pass, backend=backend, fullgraph=True, dynamic=False)
+        self._replay: Callable[[], None] | None = None
+        self._logits: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        """Float32 scores [n, V] of what follows each of ids (n of them). The next call overwrites them."""
+        assert len(ids) == self.n
+        if reserve(self.cache, self.cache.length + self.n):
+            self._replay = self._logits = None
+        # The embedding stays outside of what is recorded: it copies its scale from the host.
+        embedded = self.network.embed(torch.tensor(ids, device=self.device), Media())
+        if self.hidden is None:
+            self.hidden = torch.empty_like(embedded)
+        self.hidden.copy_(embedded)
+        self.length.fill_(self.cache.length)
+        logits = self._run(self.hidden)
+        self.cache.length += self.n
+        return logits
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        def work() -> Tensor:
+            return self._compute(hidden, self.length)
+
+        if self._replay is None and self.note is None and wanted(self.device):
+            try:
+                self._replay, self._logits = capture(work, self.device)
+            except RuntimeError as error:
+                self.note = f"the decode step could not be recorded as a CUDA graph: {str(error).splitlines()[0]}"
+                warnings.warn(f"{self.note}; it runs without one", RuntimeWarning, stacklevel=3)
+        if self._replay is None or self._logits is None:
+            return work()
+        self._replay()
+        return self._logits
+
+    def _pass(self, hidden: Tensor, length: Tensor) -> Tensor:
+        batch = StaticBatch(self.network.config.text, self.cache, length, self.n)
+        return self.network.logits(self.network.language_model(hidden, batch))
+
+
+def capture(work: Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Records the CUDA kernels that work starts: a function that starts them again, and the tensor they write to.
+
+    Work runs once before it is recorded, which is when kernels are compiled and tried out and libraries take their
+    memory. Raises RuntimeError when it does something that cannot be recorded, such as waiting for the device.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = work()
+    return graph.replay, out
