@@ -100,5 +100,9 @@ def load_model(name: str, threads: int | None, **settings: Any) -> Model:
         from iolite.generate.model import load
 
         if threads:
+            from iolite.kernels import cpu
+
             torch.set_num_threads(threads)
+            if cpu.load() is not None:
+                cpu.set_threads(threads)
         return load(name, **settings)

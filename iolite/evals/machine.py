@@ -19,15 +19,16 @@ import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 import iolite
 from iolite.device import physical_memory
+from iolite.kernels.cpu import library, probe
 
 _POOL_BYTES = 256 << 20  # far beyond any processor's cache
-_NO_LIBRARY = "the C++ kernels are not here"
 
 
 def processor() -> str:
@@ -72,16 +73,12 @@ def _mac_number(name: str) -> int:
 
 def kernels() -> dict[str, Any]:
     """Which code computes on the CPU: `isa` (None: plain torch), `reason` (why it is not C++), `threads`."""
-    try:
-        from iolite.kernels import cpu
-    except ImportError:
-        return {"isa": None, "reason": _NO_LIBRARY, "threads": torch.get_num_threads()}
     if os.environ.get("IOLITE_KERNELS") == "reference":
         reason = "IOLITE_KERNELS=reference asks for the reference"
-    elif cpu.load() is not None:
-        return {"isa": cpu.isa(), "reason": None, "threads": cpu.threads()}
+    elif library.load() is not None:
+        return {"isa": library.isa(), "reason": None, "threads": library.threads()}
     else:
-        reason = cpu.reason()
+        reason = library.reason()
     return {"isa": None, "reason": reason, "threads": torch.get_num_threads()}
 
 
@@ -177,7 +174,7 @@ class Probe:
     def __init__(self, device: torch.device | None = None, seconds: float = 0.15) -> None:
         """seconds: for how long each call works."""
         self.seconds, self.device = seconds, device or torch.device("cpu")
-        self._kernel: Any = None
+        self._kernel: ModuleType | None = None
         self.reason: str | None = f"not measured on {self.device.type}"
         if self.device.type == "cpu":
             self._kernel, self.reason = _kernel_probe()
@@ -207,13 +204,7 @@ class Probe:
         return torch.ones(_POOL_BYTES // 8, dtype=torch.int64, device=self.device)
 
 
-def _kernel_probe() -> tuple[Any, str | None]:
+def _kernel_probe() -> tuple[ModuleType | None, str | None]:
     """(the module that measures with our kernels, None), or (None, why there is none)."""
-    found = kernels()
-    if found["isa"] is None:
-        return None, str(found["reason"])
-    try:
-        from iolite.kernels.cpu import probe
-    except ImportError:
-        return None, _NO_LIBRARY
-    return probe, None
+    reason = kernels()["reason"]
+    return (None, reason) if reason else (probe, None)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from iolite.cli import run_command
 from iolite.evals import machine
+from iolite.kernels import cpu
 
 SMALL = ("--repeat", "1", "--depth", "0,30", "--passes", "1,2,4", "--prefill", "8,20")
 
@@ -44,6 +46,19 @@ def test_one_object_with_all_figures(random_model, capsys):
     assert "commit" in found
     assert found["machine"]["processor"]
     assert found["load"]["again"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_those_asked_for(random_model, capsys, threads):
+    """As the pool has them whose kernels are in use, or torch."""
+    before = machine.kernels()
+    try:
+        found = report(capsys, str(random_model), *SMALL, "--only", "passes", "-t", str(threads))
+        assert found["threads"] == threads
+    finally:
+        torch.set_num_threads(before["threads"])
+        if before["isa"]:
+            cpu.set_threads(before["threads"])
 
 
 def test_one_part(random_model, capsys):
