@@ -12,9 +12,10 @@ has iolite's own key PROCESSOR, which is written for models with other ones and 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from iolite.config import FULL, SLIDING, GenerationConfig, ModelConfig, ProcessorConfig, TextConfig
+from iolite.config import FULL, SLIDING, GenerationConfig, ModelConfig, ProcessorConfig, TextConfig, VisionConfig
 from iolite.errors import CheckpointError, ConfigError
 from iolite.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -367,7 +368,7 @@ def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], added: list[A
 
 
 def tokenizer_metadata(
-    tokenizer: Tokenizer, config: ModelConfig, generation: GenerationConfig, template: str | None
+    tokenizer: Tokenizer, text: TextConfig, suppress_tokens: Sequence[int], template: str | None
 ) -> dict[str, Any]:
     """The keys of the tokenizer, its template and the tokens that are never drawn.
 
@@ -376,21 +377,21 @@ def tokenizer_metadata(
     """
     state = json.loads(tokenizer.to_json())
     _check_tokenizer(state)
-    size = config.text.vocab_size
-    tokens = [tokenizer.id_to_token(i) for i in range(size)]
+    tokens = [tokenizer.id_to_token(i) for i in range(text.vocab_size)]
     special = {entry["id"]: entry["special"] for entry in state["added_tokens"]}
     values: dict[str, Any] = {
-        "suppress_tokens": np.asarray(generation.suppress_tokens, np.int32),
         "model": "gemma4",
         "tokens": [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)],
-        "scores": np.full(size, -1000, np.float32),
+        "scores": np.full(len(tokens), -1000, np.float32),
         "token_type": np.asarray([_type(i, token, special) for i, token in enumerate(tokens)], np.int32),
         "merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in state["model"]["merges"]],
-        "bos_token_id": config.text.bos_token_id,
-        "eos_token_id": config.text.eos_token_id,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "padding_token_id": text.pad_token_id,
+        "suppress_tokens": np.asarray(suppress_tokens, np.int32),
     }
-    for key, token in (("unknown", "<unk>"), ("padding", "<pad>"), ("mask", "<mask>")):
-        found = config.text.pad_token_id if key == "padding" else tokenizer.token_id(token)
+    for key, token in (("unknown", "<unk>"), ("mask", "<mask>")):
+        found = tokenizer.token_id(token)
         if found is not None:
             values[f"{key}_token_id"] = found
     keys = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
@@ -472,11 +473,7 @@ def token_ids(vocab: Mapping[str, int]) -> dict[str, int]:
 
 
 def processor_json(processor: ProcessorConfig, config: ModelConfig) -> str | None:
-    """The value of PROCESSOR, or None where the file does without: the published models' settings."""
-    default = default_processor(config)
+    """The value of PROCESSOR, or None where a file does without: the published models' settings."""
+    vision = config.vision and dataclasses.replace(config.vision, num_soft_tokens=VisionConfig.num_soft_tokens)
+    default = ProcessorConfig.from_hf({}, dataclasses.replace(config, vision=vision))
     return None if processor == default else json.dumps(processor.to_hf(), ensure_ascii=False)
-
-
-def default_processor(config: ModelConfig) -> ProcessorConfig:
-    """What a GGUF file without PROCESSOR means."""
-    return ProcessorConfig.from_hf({}, config)
