@@ -1,0 +1,203 @@
+"""Attention of the C++ kernels against the reference in float64, on every code path that runs here.
+
+The bound of an output, with u = 2^-24: errors of the weights e^(score) times the values they weigh.
+- A score sums D products. If roundings are independent its error stays below 4 sqrt(D) u * sum |q k| but for odds of
+  1 in 15,000 (Higham and Mary, 2019), and it enters twice: in the weight and in the sum of the weights.
+- The exponential, 1.2e-7, enters twice as well.
+- Sums over keys are made of blocks of 64, joined with two operations a block, merged over at most 32 ranges.
+
+The mask is exact: a key too many or too few is far outside the bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.cpu_kernels import ISAS, UNIT, assert_within, code_path
+from torch import Tensor
+
+from iolite.kernels import cpu, reference
+from iolite.kernels.contracts import Keys
+
+EXP = 1.2e-7  # relative error of the kernels' exponential
+
+paths = pytest.mark.parametrize("isa", ISAS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """N new tokens behind `past` others, in a cache whose first key lies in row `first` of `room`."""
+
+    n: int
+    past: int
+    kv_heads: int = 2
+    group: int = 2  # query heads of a key-value head
+    size: int = 64
+    first: int = 0
+    slack: int = 0  # rows of the room beyond the keys
+    window: int = 0
+    dtype: torch.dtype = torch.float32
+    loud: float = 1.0  # scores' standard deviation
+
+    def check(self, blocks: Tensor | None = None) -> None:
+        random = torch.Generator().manual_seed(self.n + 1000 * self.past)
+        count = self.past + self.n
+        room = count + self.slack
+        # Keys and values overlap in one buffer, neither aligned nor without gaps; rows of no key hold NaN.
+        rows = (torch.arange(count) + self.first) % room
+        buffer = torch.full((room, self.kv_heads, 2 * self.size + 3), torch.nan, dtype=self.dtype)
+        buffer[rows] = torch.randn(count, *buffer.shape[1:], generator=random).to(self.dtype)
+        k, v = buffer[..., 1 : self.size + 1], buffer[..., self.size // 2 : self.size // 2 + self.size]
+        q = torch.randn(self.n, self.kv_heads * self.group, self.size, generator=random)
+        q *= self.loud / self.size**0.5
+        exact = reference.attend(q.double(), Keys(k, v, self.first, count, room), self.window or None, blocks)
+        ours = cpu.attention(
+            q, k, v, first=self.first, room=room, keys=count, past=self.past, window=self.window, blocks=blocks
+        )
+        scores = 4 * self.size**0.5 * UNIT * largest_terms(q, k[rows])
+        sums = 64 + 2 * (count // 64 + 1) + 2 * 32 + 8
+        bound = 2 * (scores + EXP + sums * UNIT).double() * v[rows].abs().max().item()
+        assert_within(ours, exact, bound[..., None])
+
+
+def largest_terms(q: Tensor, k: Tensor) -> Tensor:
+    """The largest sum of |q k| over any key: [N, H] for q [N, H, D], k [S, K, D]."""
+    groups = q.abs().unflatten(1, (k.shape[1], -1))  # [N, K, G, D]
+    return torch.einsum("nkgd,skd->nkgs", groups, k.float().abs()).amax(-1).flatten(1)
+
+
+# Around the rows of a vector, of a product and of a task (96 rows, so 48 tokens of two heads).
+NEW = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 50, 64, 95, 96, 97, 100, 130)
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 5, 40, 1024])
+def test_every_number_of_new_tokens(isa: str, window: int, dtype: torch.dtype) -> None:
+    for threads in (1, 3):
+        with code_path(isa, threads):
+            for n in NEW:
+                Case(n, past=min(37 * n, 300), window=window, dtype=dtype).check()
+
+
+@paths
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 193, 257, 1000])
+def test_every_number_of_keys(isa: str, count: int) -> None:
+    for threads in (1, 2, 3):
+        with code_path(isa, threads):
+            Case(1, count - 1).check()
+            Case(1, count - 1, kv_heads=1, group=16).check()
+            Case(1, count - 1, size=17).check()
+
+
+@paths
+@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 100, 127, 128, 129, 192, 260, 577])
+@pytest.mark.parametrize("group", [1, 3, 5])
+def test_any_head(isa: str, size: int, group: int) -> None:
+    with code_path(isa, 2):
+        for n in (1, 3, 40):
+            Case(n, 90, kv_heads=3, group=group, size=size).check()
+
+
+@paths
+@pytest.mark.parametrize("n", [1, 4, 16, 60])
+@pytest.mark.parametrize(("kv_heads", "group", "size", "window"), [(8, 2, 256, 1024), (1, 16, 512, 0)])
+def test_the_heads_of_the_large_model(isa: str, n: int, kv_heads: int, group: int, size: int, window: int) -> None:
+    with code_path(isa, 2):
+        Case(n, 1023, kv_heads, group, size, first=700, slack=9, window=window, dtype=torch.bfloat16).check()
+
+
+@paths
+@pytest.mark.parametrize("before", [1, 7, 63, 64, 65, 110])
+@pytest.mark.parametrize("n", [1, 2, 13, 55])
+def test_keys_around_the_end_of_a_ring(isa: str, before: int, n: int) -> None:
+    """`before` of them come before the end."""
+    with code_path(isa, 3):
+        for slack in (0, 5, 64):
+            first = 110 + n + slack - before
+            Case(n, 110, first=first, slack=slack, window=60).check()
+            Case(n, 110, first=first, slack=slack, size=20).check()
+
+
+TWO_WAY = {
+    "inside": lambda n: (torch.arange(n) // 7 % 2) * (torch.arange(n) // 14 + 1),
+    "all one": lambda n: torch.ones(n, dtype=torch.int64),
+    "one after another": lambda n: torch.arange(n) // 30 + 1,
+    "scattered": lambda n: torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(n)),
+    "none": lambda n: torch.zeros(n, dtype=torch.int64),
+}
+
+
+@paths
+@pytest.mark.parametrize("kind", TWO_WAY)
+@pytest.mark.parametrize("window", [0, 3, 25, 64, 500])
+def test_two_way_blocks(isa: str, kind: str, window: int) -> None:
+    """Also longer than the window, which they never widen; a full layer does not know them."""
+    for n, past in ((1, 30), (4, 0), (5, 70), (90, 33), (140, 0)):
+        with code_path(isa, 2):
+            Case(n, past, window=window).check(TWO_WAY[kind](n))
+            Case(n, past, window=window, size=16, first=past // 2).check(TWO_WAY[kind](n))
+
+
+@paths
+@pytest.mark.parametrize("group", [1, 2, 16])
+def test_scores_of_any_size(isa: str, group: int) -> None:
+    with code_path(isa, 2):
+        for n in (1, 6, 50):
+            for loud in (1e-6, 30.0, 1e3):
+                Case(n, 200, group=group, loud=loud).check()
+
+
+@paths
+@pytest.mark.parametrize("size", [3, 64])
+@pytest.mark.parametrize("top", [-1e30, -1e5, 1e5, 1e30])
+def test_far_apart_scores_choose_one_key(isa: str, size: int, top: float) -> None:
+    """Keys with scores near `top`, the last one's twice its neighbours' (or half): all weight is on the largest."""
+    k = torch.zeros(300, 1, size)
+    k[:, 0, 0] = top
+    k[250, 0, 0] = 2 * top if top > 0 else 0.5 * top
+    v = torch.randn(300, 1, size, generator=torch.Generator().manual_seed(0))
+    for heads, n in ((1, 1), (2, 1), (16, 1), (2, 30)):
+        q = torch.zeros(n, heads, size)
+        q[..., 0] = 1
+        with code_path(isa, 2):
+            out = cpu.attention(q, k, v, keys=300, past=300 - n)
+        assert torch.equal(out, v[250].expand_as(out))
+
+
+@paths
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("heads", [2, 4096])
+def test_the_exponential(isa: str, size: int, heads: int) -> None:
+    """Two keys with scores 0 and x, values 0 and 1: the output is e^x / (1 + e^x), three roundings after e^x."""
+    xs = torch.cat((torch.linspace(-87, 0, 4094), torch.tensor([-1e-4, -1e-30])))
+    k, v = torch.zeros(2, 1, size), torch.zeros(2, 1, size)
+    k[1], v[1] = 1, 1
+    for x in (xs if heads > 2 else xs[::64]).split(heads):
+        q = torch.zeros(1, heads, size)
+        q[0, :, 0] = x
+        with code_path(isa):
+            out = cpu.attention(q, k, v, keys=2, past=1)[0, :, 0]
+        exact = torch.sigmoid(x.double())
+        assert_within(out, exact, exact * (EXP + 4 * UNIT))
+
+
+@paths
+def test_nothing_in_nothing_out(isa: str) -> None:
+    with code_path(isa):
+        buffer = torch.zeros(4, 2, 8)
+        assert cpu.attention(torch.zeros(0, 4, 8), buffer, buffer, keys=3, past=3).shape == (0, 4, 8)
+        assert cpu.attention(torch.zeros(0, 4, 8), buffer[:0], buffer[:0], keys=0, past=0).shape == (0, 4, 8)
+
+
+@paths
+def test_the_same_every_time(isa: str) -> None:
+    """Threads take tasks as they come free; that must not show."""
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(3, 16, 512, generator=random), torch.randn(900, 1, 512, generator=random)
+    with code_path(isa, 3):
+        first = cpu.attention(q, k, k, keys=900, past=897)
+        for _ in range(20):
+            assert torch.equal(cpu.attention(q, k, k, keys=900, past=897), first)
