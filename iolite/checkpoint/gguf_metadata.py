@@ -84,7 +84,8 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """A float stored in 32 bits as the decimal number that it was written for: 1e-06, not 9.999999974752427e-07."""
         value = self.get(key, (int, float), default)
-        return float(str(np.float32(value))) if math.isfinite(value) else value
+        with np.errstate(over="ignore"):  # infinity, which no setting may be
+            return float(str(np.float32(value))) if math.isfinite(value) else value
 
     def each(self, key: str, count: int, default: Any = None) -> list[int]:
         """One whole number for each layer: an array, or a number that holds for all."""

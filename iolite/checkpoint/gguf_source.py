@@ -241,7 +241,7 @@ class GgufSource:
 
     def _vocabulary(self) -> dict[str, int]:
         tokens = self._file.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list):
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise CheckpointError(f"{self.path.name} has no tokenizer")
         return {token: i for i, token in enumerate(tokens)}
 
@@ -283,7 +283,7 @@ class GgufSource:
             if metadata.get(f"clip.has_{part}_encoder") is not True:
                 continue
             stated = metadata.get(f"clip.{part}.projector_type", metadata.get("clip.projector_type"))
-            if stated != kind:
+            if not isinstance(stated, str) or stated != kind:
                 raise ConfigError(f"{file}: the {part} embedder is of the kind {stated!r}, not {kind!r}")
             if part == "audio":
                 found["audio_config"] = gguf_metadata.read_audio_config(metadata, file)
@@ -318,14 +318,14 @@ class GgufSource:
         if tensor is None or tensor.type != "F32" or len(tensor.shape) != 1:
             raise CheckpointError(f"{self.path.name}: {ROPE} is missing, or no row of float32")
         head = self._file.metadata.get("gemma4.attention.key_length")
-        if head != 2 * tensor.shape[0]:
+        if not isinstance(head, int) or head != 2 * tensor.shape[0]:
             raise CheckpointError(f"{self.path.name}: {ROPE} has {tensor.shape[0]} values for heads of {head}")
         freqs = np.frombuffer(self._file.raw(ROPE).numpy().tobytes(), "<f4")
         return gguf_metadata.rope_angles(freqs, self.path.name)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._stored:
-            raise CheckpointError(f"{self.path.name}: {name} is missing")
+        if name not in self._stored or len(self._stored[name].tensor.shape) != 2:
+            raise CheckpointError(f"{self.path.name}: {name} is missing, or no matrix")
         return self._stored[name].tensor.shape
 
     def _check_shapes(self) -> None:
@@ -360,7 +360,7 @@ class GgufSource:
 def _open(path: Path, architecture: str) -> GgufFile:
     file = GgufFile(path)
     found = file.metadata.get("general.architecture")
-    if found == architecture:
+    if isinstance(found, str) and found == architecture:  # an array would compare element by element
         return file
     what = {
         gguf_metadata.EMBEDDERS: "holds embedders; name the model's file, and it is found beside it",

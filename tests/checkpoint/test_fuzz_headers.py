@@ -17,24 +17,31 @@ import struct
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.gguf_bytes import Gguf, array, key, tensor, text, u32, u64
 
-from iolite.checkpoint import gguf_blocks
+import iolite
+from iolite.checkpoint import gguf_blocks, gguf_metadata, gguf_names, gguf_source
 from iolite.checkpoint.folder import INDEX, WEIGHTS, check_weights, load_folder, open_weights, read_config, save_folder
-from iolite.checkpoint.gguf import TYPES, GgufFile, tensor_bytes
+from iolite.checkpoint.gguf import TYPES, GgufFile, create_gguf, tensor_bytes
+from iolite.checkpoint.gguf_source import GgufSource
+from iolite.checkpoint.names import expected_shapes
 from iolite.checkpoint.safetensors import DTYPES, SafetensorsFile, save_safetensors
 from iolite.cli.terminal import harmless
-from iolite.config import GenerationConfig, ProcessorConfig
+from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.errors import IoliteError
 from iolite.model.unified import Unified
+from iolite.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -438,6 +445,91 @@ def test_changed_settings_and_index(model_folder, name, changes, more):
 def test_the_unchanged_folder_is_accepted(model_folder, tiny_folder):
     for config in configs(model_folder, tiny_folder)[:2]:
         assert check_folder(model_folder, "config.json", json.dumps(config).encode())
+
+
+# A GGUF model: metadata of other kinds and values than it needs, tensors of other shapes and types
+
+
+@pytest.fixture(scope="module")
+def gguf_model(tmp_path_factory) -> Path:
+    """The embedded model's decoder with weights of zeros."""
+    nano = Path(iolite.__file__).parent / "nano"
+    config, tokenizer = ModelConfig.from_folder(nano), Tokenizer.from_folder(nano)
+    metadata = {"general.architecture": "gemma4", **gguf_metadata.text_metadata(config.text, "gemma4")}
+    metadata |= gguf_metadata.tokenizer_metadata(tokenizer, config.text, (), "{{ messages }}")
+    shapes = {name: shape for name, shape in expected_shapes(config).items() if name.startswith("language_model.")}
+    angles = torch.from_numpy(gguf_metadata.rope_freqs(config.text))
+    tensors = [(gguf_names.to_gguf(name), shape, "F32") for name, shape in shapes.items()]
+    path = tmp_path_factory.mktemp("model") / "a.gguf"
+    with create_gguf(path, metadata, [(gguf_names.ROPE, tuple(angles.shape), "F32"), *tensors]) as writer:
+        writer.write(gguf_names.ROPE, angles.view(torch.uint8))
+        for name, shape, kind in tensors:
+            writer.write(name, torch.zeros(tensor_bytes(shape, kind), dtype=torch.uint8))
+    return path
+
+
+# What `GgufFile.metadata` may hold.
+scalars = st.one_of(
+    st.booleans(),
+    st.integers(-2, 70),
+    st.sampled_from([*LENGTHS, -(2**63), 0.5, -1.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf")]),
+    st.sampled_from(["", "a", "gemma4", "clip", "[" * 3000, "{{", "{}", "{% for %}", "\x1b[31m"]),
+)
+number_arrays = st.builds(
+    lambda values, dtype: np.asarray(values).astype(dtype),
+    st.lists(st.integers(0, 100), max_size=8),
+    st.sampled_from(["u1", "i1", "u2", "i2", "u4", "i4", "f4", "?", "u8", "i8", "f8"]),
+)
+found_values = st.one_of(
+    scalars,
+    number_arrays,
+    st.lists(st.sampled_from(["", "a", "a b", "a b c", "<bos>", "▁"]), max_size=4),
+    st.lists(number_arrays, max_size=2),
+)
+key_changes = st.lists(st.tuples(st.integers(0, 1000), st.sampled_from("sssda"), found_values), max_size=3)
+small_shapes = st.lists(st.sampled_from([1, 2, 32, 256]), max_size=3).map(tuple)
+tensor_changes = st.lists(st.tuples(st.integers(0, 1000), st.sampled_from(["d", *TYPES]), small_shapes), max_size=2)
+
+
+def read_gguf_model(path: Path) -> None:
+    source = GgufSource(path)
+    source.tokenizer()
+    source.template()
+    source.processor()
+    source.generation()
+    assert source.scheme in (None, "int4", "int8")
+
+
+@fuzz(300)
+@given(keys=key_changes, tensors=tensor_changes)
+def test_changed_gguf_model(gguf_model, keys, tensors):
+    class Changed(GgufFile):
+        """What the reader would give for a file that is well formed and says something else."""
+
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            names = list(self.metadata)
+            for place, what, value in keys:
+                name = names[place % len(names)]
+                if what == "d":
+                    self.metadata.pop(name, None)
+                else:
+                    self.metadata[f"{name}.more" if what == "a" else name] = value
+            described = list(self.tensors.values())
+            for place, kind, shape in tensors:
+                changed = described[place % len(described)]
+                if kind == "d":
+                    self.tensors.pop(changed.name, None)
+                elif TYPES[kind].values == 1 or (shape and shape[-1] % TYPES[kind].values == 0):
+                    nbytes = min(tensor_bytes(shape, kind), changed.nbytes)
+                    self.tensors[changed.name] = replace(changed, shape=shape, type=kind, nbytes=nbytes)
+
+    with mock.patch.object(gguf_source, "GgufFile", Changed):
+        survives(partial(read_gguf_model, gguf_model), 200_000, 8_000_000)
+
+
+def test_the_unchanged_gguf_model_is_accepted(gguf_model):
+    assert survives(partial(read_gguf_model, gguf_model), 200_000, 8_000_000)
 
 
 def test_the_guards_notice_what_they_are_for():
