@@ -12,10 +12,12 @@ The mask is exact: a key too many or too few is far outside the bound.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from support.cpu_kernels import ISAS, UNIT, assert_within, code_path
+from support.emulated import Emulated
 from torch import Tensor
 
 from iolite.kernels import cpu, reference
@@ -41,7 +43,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     loud: float = 1.0  # scores' standard deviation
 
-    def check(self, blocks: Tensor | None = None) -> None:
+    def check(self, blocks: Tensor | None = None, kernels: Any = cpu) -> None:
         random = torch.Generator().manual_seed(self.n + 1000 * self.past)
         count = self.past + self.n
         room = count + self.slack
@@ -53,7 +55,7 @@ class Case:
         q = torch.randn(self.n, self.kv_heads * self.group, self.size, generator=random)
         q *= self.loud / self.size**0.5
         exact = reference.attend(q.double(), Keys(k, v, self.first, count, room), self.window or None, blocks)
-        ours = cpu.attention(
+        ours = kernels.attention(
             q, k, v, first=self.first, room=room, keys=count, past=self.past, window=self.window, blocks=blocks
         )
         scores = 4 * self.size**0.5 * UNIT * largest_terms(q, k[rows])
@@ -201,3 +203,22 @@ def test_the_same_every_time(isa: str) -> None:
         first = cpu.attention(q, k, k, keys=900, past=897)
         for _ in range(20):
             assert torch.equal(cpu.attention(q, k, k, keys=900, past=897), first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["neon", "portable"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_on_arm(aarch64: Emulated, isa: str, threads: int) -> None:
+    aarch64.use(isa, threads)
+    for n in NEW:
+        Case(n, 50, window=40 * (n % 2), dtype=(torch.float32, torch.bfloat16)[n % 2]).check(kernels=aarch64)
+    for size in (1, 3, 4, 5, 17, 100, 260):
+        Case(1, 200, size=size).check(kernels=aarch64)
+        Case(9, 60, kv_heads=3, group=3, size=size, first=30, slack=4).check(kernels=aarch64)
+    for n in (1, 3):
+        Case(n, 500, 8, 2, 256, first=300, slack=9, window=400, dtype=torch.bfloat16).check(kernels=aarch64)
+        Case(n, 300, 1, 16, 512, dtype=torch.bfloat16).check(kernels=aarch64)
+    for kind in TWO_WAY:
+        Case(90, 33, window=25).check(TWO_WAY[kind](90), kernels=aarch64)
+        Case(3, 33, window=25).check(TWO_WAY[kind](3), kernels=aarch64)
+    Case(20, 100, loud=1e3).check(kernels=aarch64)

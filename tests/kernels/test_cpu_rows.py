@@ -7,6 +7,7 @@ four), so an addend takes part in at most size/16 + 8 additions; the root halves
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,21 @@ TANH = 3e-7  # of their tanh
 EPS = 1e-6
 
 
-@pytest.fixture(params=[(isa, threads) for isa in ISAS for threads in (1, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    with code_path(*request.param):
-        yield
+HERE = [pytest.param((isa, threads), id=f"{isa}-{threads}") for isa in ISAS for threads in (1, 3)]
+ARM = [pytest.param(("arm", threads), id=f"arm-{threads}", marks=pytest.mark.slow) for threads in (1, 3)]
+
+
+@pytest.fixture(name="kernels", params=HERE + ARM)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The functions of `iolite.kernels.cpu`, here or under an emulator."""
+    isa, threads = request.param
+    if isa == "arm":
+        emulated = request.getfixturevalue("aarch64")
+        emulated.use("neon", threads)
+        yield emulated
+    else:
+        with code_path(isa, threads):
+            yield cpu
 
 
 def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -45,31 +57,28 @@ def norm_error(size: int) -> float:
 SIZES = (1, 2, 3, 7, 15, 16, 17, 31, 63, 64, 65, 127, 255, 256, 3840)
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_rms_norm(size: int, weighted: bool) -> None:
+def test_rms_norm(kernels: Any, size: int, weighted: bool) -> None:
     weight = randn(size) if weighted else None
     for n in (1, 2, 5, 40):
         x = randn(n, size, scale=30)
         exact = exact_norm(x, weight)
-        assert_within(cpu.rms_norm(x, weight, EPS), exact, exact.abs() * norm_error(size))
+        assert_within(kernels.rms_norm(x, weight, EPS), exact, exact.abs() * norm_error(size))
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", SIZES)
-def test_add_rms_norm(size: int) -> None:
+def test_add_rms_norm(kernels: Any, size: int) -> None:
     residual, x, weight = randn(6, size, scale=3), randn(6, size + 1)[:, :-1], randn(size)
     addend = exact_norm(x, weight)
     exact = (residual.double() + addend) * 0.625
     bound = 0.625 * (addend.abs() * norm_error(size) + 2 * UNIT * (residual.double().abs() + addend.abs()))
-    assert_within(cpu.add_rms_norm(residual, x, weight, EPS, 0.625), exact, bound)
+    assert_within(kernels.add_rms_norm(residual, x, weight, EPS, 0.625), exact, bound)
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("n", [1, 3, 70])
 @pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 6), (2, 34), (5, 64), (4, 256), (2, 512)])
-def test_norm_rope(n: int, heads: int, size: int) -> None:
+def test_norm_rope(kernels: Any, n: int, heads: int, size: int) -> None:
     """Reads its heads out of a larger projection."""
     projection = randn(n, heads * size + 13)
     x = projection[:, 5 : 5 + heads * size].unflatten(-1, (heads, size))
@@ -80,21 +89,19 @@ def test_norm_rope(n: int, heads: int, size: int) -> None:
     a, b = normed.abs().chunk(2, dim=-1)
     c, s = cos.double().abs()[:, None], sin.double().abs()[:, None]
     terms = torch.cat((a * c + b * s, b * c + a * s), dim=-1)
-    assert_within(cpu.norm_rope(x, weight, EPS, cos, sin), exact, terms * (norm_error(size) + 3 * UNIT))
+    assert_within(kernels.norm_rope(x, weight, EPS, cos, sin), exact, terms * (norm_error(size) + 3 * UNIT))
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [1, 5, 16, 33, 256])
-def test_heads_that_are_not_turned(size: int) -> None:
+def test_heads_that_are_not_turned(kernels: Any, size: int) -> None:
     """Values: no weight, no angles, any head size."""
     x = randn(4, 3, size)
     exact = exact_norm(x, None)
-    assert_within(cpu.norm_rope(x, None, EPS, None, None), exact, exact.abs() * norm_error(size))
+    assert_within(kernels.norm_rope(x, None, EPS, None, None), exact, exact.abs() * norm_error(size))
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 100, 70_001])
-def test_geglu(count: int) -> None:
+def test_geglu(kernels: Any, count: int) -> None:
     """gelu is g / (1 + e^-y). 6 u of y are an error of 6 u y, relative, of e^-y, which counts by its share of the sum.
 
     Where e^-y would pass e^88 it stays there.
@@ -106,40 +113,37 @@ def test_geglu(count: int) -> None:
     share = torch.sigmoid(-y)
     bound = exact.abs() * (share * (y.abs() * 6 * UNIT + EXP) + 4 * UNIT)
     floor = 1.01 * (g * up.double()).abs() * torch.e**-88
-    assert_within(cpu.geglu(gate, up), exact, bound + floor)
+    assert_within(kernels.geglu(gate, up), exact, bound + floor)
 
 
-@pytest.mark.usefixtures("path")
-def test_geglu_far_out() -> None:
+def test_geglu_far_out(kernels: Any) -> None:
     gate = torch.tensor([-1e30, -1e4, -50.0, -0.0, 0.0, 50.0, 1e4, 1e30, torch.inf, torch.nan])
-    out = cpu.geglu(gate, torch.ones(10))
+    out = kernels.geglu(gate, torch.ones(10))
     assert out[:5].abs().max() < 1e-7
     assert torch.equal(out[5:9], gate[5:9])
     assert out[9].isnan()
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("cap", [1.0, 30.0])
-def test_softcap(cap: float) -> None:
+def test_softcap(kernels: Any, cap: float) -> None:
     x = torch.cat(
         (randn(70_001, scale=cap), torch.logspace(-30, 30, 999), -torch.logspace(-30, 30, 999), torch.zeros(1))
     )
     exact = cap * torch.tanh(x.double() / cap)
-    assert_within(cpu.softcap(x, cap), exact, exact.abs() * (TANH + 2 * UNIT))
-    assert cpu.softcap(torch.tensor([torch.nan, torch.inf]), cap).tolist()[1] == cap
-    assert cpu.softcap(torch.tensor([torch.nan]), cap).isnan().all()
+    assert_within(kernels.softcap(x, cap), exact, exact.abs() * (TANH + 2 * UNIT))
+    assert kernels.softcap(torch.tensor([torch.nan, torch.inf]), cap).tolist()[1] == cap
+    assert kernels.softcap(torch.tensor([torch.nan]), cap).isnan().all()
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5, 31), (16, 32), (17, 33), (40, 64), (33, 97), (100, 200)])
-def test_embed(name: str, rows: int, cols: int) -> None:
+def test_embed(kernels: Any, name: str, rows: int, cols: int) -> None:
     """A weight is exact but for int4m's one addition, in float32 both ways; the scale is one product more."""
     matrix = pack(encode(randn(rows, cols), FORMATS[name]))
     ids = torch.cat((torch.arange(rows), torch.randint(rows, (7,)))).view(-1, 1)
     expected = matrix.to_float()[ids] * 2.5
-    assert torch.equal(cpu.embed(matrix, ids, 2.5), expected)
-    assert torch.equal(cpu.embed(matrix, ids[-1], 1.0), matrix.to_float()[ids[-1]])
+    assert torch.equal(kernels.embed(matrix, ids, 2.5), expected)
+    assert torch.equal(kernels.embed(matrix, ids[-1], 1.0), matrix.to_float()[ids[-1]])
 
 
 def test_embed_refuses_ids_without_a_row() -> None:
@@ -151,10 +155,9 @@ def test_embed_refuses_ids_without_a_row() -> None:
         assert cpu.embed(matrix, torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3, 40)
 
 
-@pytest.mark.usefixtures("path")
-def test_nothing_in_nothing_out() -> None:
+def test_nothing_in_nothing_out(kernels: Any) -> None:
     empty, weight = torch.zeros(0, 8), torch.ones(8)
-    assert cpu.rms_norm(empty, weight, EPS).shape == (0, 8)
-    assert cpu.add_rms_norm(empty, empty, weight, EPS, 1.0).shape == (0, 8)
-    assert cpu.norm_rope(torch.zeros(0, 2, 8), weight, EPS, torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 2, 8)
-    assert cpu.softcap(empty, 30.0).shape == (0, 8)
+    assert kernels.rms_norm(empty, weight, EPS).shape == (0, 8)
+    assert kernels.add_rms_norm(empty, empty, weight, EPS, 1.0).shape == (0, 8)
+    assert kernels.norm_rope(torch.zeros(0, 2, 8), weight, EPS, torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 2, 8)
+    assert kernels.softcap(empty, 30.0).shape == (0, 8)
