@@ -1,4 +1,4 @@
-"""The functions of `iolite.kernels.cpu` as another processor computes them, in a process of its own under an emulator."""
+"""The functions of `iolite.kernels.cpu` as another processor computes them: a process of its own under an emulator."""
 
 from __future__ import annotations
 
