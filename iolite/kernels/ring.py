@@ -1,8 +1,8 @@
 """Attention over a ring whose fill is a number on the device: what a step of fixed shapes needs.
 
 The host then knows nothing of the sequence's length, so the step can be captured in a CUDA graph and played again as
-the sequence grows. The token at position p lies in row p % room of the buffers; a full layer's buffers have a row for every
-token and never wrap.
+the sequence grows. The token at position p lies in row p % room of the buffers; a full layer's buffers have a row for
+every token and never wrap.
 
 Letters: n new tokens, H query heads, K key-value heads, D head size.
 """
