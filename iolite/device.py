@@ -44,13 +44,19 @@ def choose(
     dtype: str | torch.dtype | None = None,
     checkpoint_dtype: str = "bfloat16",
     parameters: int | None = None,
+    packed: str | None = None,
 ) -> Choice:
     """Settles device and dtype; what the caller named wins, the rest is decided here.
 
     `parameters` is the size of the model, where known: it decides what counts as small and whether float32 fits.
+    `packed` is the scheme of packed weights; on a CPU these compute in float32, whose sums their kernels make.
     Raises UsageError for a device that is not there or a format we do not compute in.
     """
     where = _device(device)
+    if packed and where.type == "cpu":
+        if dtype is not None and _dtype(dtype) is not torch.float32:
+            raise UsageError(f"{packed} weights compute in float32 on a CPU, not in {dtype}", "leave the dtype out")
+        return Choice(where, torch.float32, f"{packed} weights on the CPU, computing in float32")
     if dtype is not None:
         chosen = _dtype(dtype)
         return Choice(where, chosen, f"{_name(chosen)} on {_where(where)}: as asked")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # a folder is described (`iolite show`, `iolite list`) withou
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FORMATS = ("F32", "BF16", "F16")
+QUANT_METHODS = ("iolite", "compressed-tensors")
 
 # What a fine-tuned model takes over from the one it began as.
 SETTINGS = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
@@ -131,6 +132,20 @@ def save_folder(
     _save_json(folder / "config.json", dataclasses.replace(config, dtype=dtype).to_hf())
 
 
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """The config's `quantization_config`, None for float weights; CheckpointError for a method that we do not read."""
+    found = read_json(folder / "config.json").get("quantization_config")
+    if found is None or found == {}:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method not in QUANT_METHODS:
+        raise CheckpointError(
+            f"{folder} holds weights that were quantised by {str(method)[:40]!r}",
+            f"iolite reads {', '.join(WEIGHT_FORMATS)}, GGUF, compressed-tensors w4a16 and its own packed weights",
+        )
+    return found
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The folder's config.json; raises ConfigError for another architecture and CheckpointError for packed weights."""
     config = ModelConfig.from_folder(folder)
@@ -192,22 +207,27 @@ def check_weights(config: ModelConfig, stored: Mapping[str, Stored]) -> None:
     tied_head = {names.LM_HEAD} if config.tie_word_embeddings else set()  # some programs write it all the same
     for name in tied_head & stored.keys():
         expected[name] = expected[names.EMBEDDING]
-    missing = [names.published(name) for name in expected if name not in stored]
-    unexpected = [item.name for name, item in stored.items() if name not in expected]
     packed = sorted({item.dtype for item in stored.values()} - set(WEIGHT_FORMATS))
     if packed:
         raise CheckpointError(
             f"weights in {', '.join(packed)} are not supported", f"iolite reads {', '.join(WEIGHT_FORMATS)}"
         )
-    for fault, which in (("missing from the weights", missing), ("not a part of this architecture", unexpected)):
-        if which:
-            raise CheckpointError(f"{_some(which)} {fault}")
+    check_names(expected, stored)
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise CheckpointError(
                 f"tensor {stored[name].name} has the shape {list(stored[name].shape)}, "
                 f"but config.json makes it {list(shape)}"
             )
+
+
+def check_names(expected: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+    """Raises CheckpointError unless just the expected tensors are there, by our names."""
+    missing = [names.published(name) for name in expected if name not in stored]
+    unexpected = [item.name for name, item in stored.items() if name not in expected]
+    for fault, which in (("missing from the weights", missing), ("not a part of this architecture", unexpected)):
+        if which:
+            raise CheckpointError(f"{_some(which)} {fault}")
 
 
 def _some(which: list[str]) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from iolite.checkpoint.safetensors import AGAIN, map_file, replacing
+from iolite.checkpoint.safetensors import AGAIN, map_file, release, replacing
 from iolite.errors import CheckpointError
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it: headers are read without it
@@ -143,6 +143,16 @@ class GgufFile:
         tensor = self.tensors[name]
         # The tensor keeps the mapping alive, so neither it nor the file needs closing.
         return torch.frombuffer(self._maps[tensor.part], dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
+
+    def release(self) -> None:
+        """Lets go of the pages that were read so far: they count as memory in use until then."""
+        for mapped in self._maps:
+            release(mapped)
+
+    def release(self) -> None:
+        """Lets go of the pages that were read so far: they count as memory in use until then."""
+        for mapped in self._maps:
+            release(mapped)
 
     def _read_parts(self, count: int) -> None:
         """Adds the tensors of the parts 2 to `count`; the first one's metadata is the model's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,16 +21,14 @@ from iolite.checkpoint import gguf_metadata, names
 from iolite.checkpoint.gguf import GgufFile, GgufTensor, part_name
 from iolite.checkpoint.gguf_names import ROPE, from_gguf, from_gguf_layout, gguf_shape
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
-from iolite.errors import CheckpointError, ConfigError, UsageError
+from iolite.errors import CheckpointError, ConfigError
 from iolite.text.template import COMPLETION_TEMPLATE, ChatTemplate
 from iolite.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it: models are described without it
     import torch
 
-    from iolite.quant.formats import PackedMatrix
-
-Progress = Callable[[int, int, str], None]
+    from iolite.quant.formats import Format, PackedMatrix
 
 _FLOATS = ("F32", "BF16", "F16")
 _PART = re.compile(r"-(\d{5})-of-\d{5}$")
@@ -105,7 +103,8 @@ def _is_drafter(path: Path) -> bool:
 
 def _names_quant(path: Path, quant: str) -> bool:
     stem = _PART.sub("", path.stem)
-    return re.search(rf"(^|[-._]){re.escape(quant)}$", stem, re.IGNORECASE) is not None
+    begin = r"(^|[-.]|_(?=i?q\d|b?f\d))"  # model_q4_0 has q4_0 and not 0
+    return re.search(rf"{begin}{re.escape(quant)}$", stem, re.IGNORECASE) is not None
 
 
 def _short(path: Path, folder: Path) -> str:
@@ -150,12 +149,20 @@ class GgufSource:
     @property
     def scheme(self) -> str | None:
         """int4 or int8, after what most bytes of the decoder's matrices are packed in; None when none is packed."""
+        sizes = {"int4": 0, "int8": 0}
+        for name, format in self.packed_formats().items():
+            sizes["int8" if format.name == "int8" else "int4"] += self._stored[name].tensor.nbytes
+        return max(sizes, key=lambda scheme: sizes[scheme]) if any(sizes.values()) else None
+
+    def packed_formats(self) -> dict[str, Format]:
+        """The tensors that `weight` gives packed, by our names, with their formats."""
         from iolite.checkpoint.gguf_blocks import PACKED
 
-        sizes = {"int4": 0, "int8": 0}
-        for _, stored in self._packed():
-            sizes["int8" if PACKED[stored.tensor.type].name == "int8" else "int4"] += stored.tensor.nbytes
-        return max(sizes, key=lambda scheme: sizes[scheme]) if any(sizes.values()) else None
+        return {
+            name: PACKED[stored.tensor.type]
+            for name, stored in self._stored.items()
+            if stored.tensor.type not in _FLOATS and _can_pack(name, stored.tensor.shape)
+        }
 
     def tokenizer(self) -> Tokenizer:
         return gguf_metadata.read_tokenizer(self._file.metadata, self.path.name)
@@ -190,35 +197,15 @@ class GgufSource:
             return repack(raw, tensor.type, *tensor.shape)
         return from_gguf_layout(name, dequantize(raw, tensor.type, tensor.shape).bfloat16())
 
-    def weights(
-        self, scheme: str | None = None, progress: Progress | None = None
-    ) -> dict[str, torch.Tensor | PackedMatrix]:
-        """Every tensor by our name. scheme: what matrices that are not packed are packed into.
+    def release(self) -> None:
+        """Lets go of the pages that were read so far."""
+        for file in (self._file, *([self._embedders] if self._embedders else [])):
+            file.release()
 
-        progress(done, count, name) is called before each. Raises UsageError for a scheme where all is packed already.
-        """
-        import torch
-
-        from iolite.quant.schemes import format_for, quantise_named
-
-        if scheme and not any(
-            _can_pack(n, s.tensor.shape) and s.tensor.type in _FLOATS for n, s in self._stored.items()
-        ):
-            raise UsageError(f"{self.name} is quantised already", "leave the quantisation out")
-        found: dict[str, torch.Tensor | PackedMatrix] = {}
-        quantised = scheme is not None or self.scheme is not None
-        for done, name in enumerate(self.names()):
-            if progress:
-                progress(done, len(self._stored), name)
-            weight = self.weight(name)
-            if isinstance(weight, torch.Tensor):
-                format = scheme and format_for(name, weight.shape, scheme)
-                if format:
-                    weight = quantise_named(name, weight, format)
-                elif quantised and name.startswith("language_model."):
-                    weight = weight.float()  # what packed weights compute in
-            found[name] = weight
-        return found
+    def release(self) -> None:
+        """Lets go of the pages that were read: they count as memory in use until then."""
+        for file in (self._file, *([self._embedders] if self._embedders else [])):
+            file.release()
 
     def _collect(self) -> dict[str, _Stored]:
         """All tensors by our names; CheckpointError for one that is no part of the family."""
@@ -348,13 +335,6 @@ class GgufSource:
                     f"{file}: tensor {tensor.name} is of the type {tensor.type}, which is not supported",
                     f"supported are {', '.join(DECODED)}",
                 )
-
-    def _packed(self) -> list[tuple[str, _Stored]]:
-        return [
-            (name, stored)
-            for name, stored in self._stored.items()
-            if stored.tensor.type not in _FLOATS and _can_pack(name, stored.tensor.shape)
-        ]
 
 
 def _open(path: Path, architecture: str) -> GgufFile:

@@ -15,8 +15,8 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,37 @@ class SafetensorsFile:
             return raw.clone().view(dtype).reshape(entry.shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).reshape(entry.shape)
 
+    def release(self) -> None:
+        """Lets go of the pages that were read so far: they count as memory in use until then."""
+        if self._map is not None:
+            release(self._map)
+
+    def populate(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Brings the whole file into memory, so that the first use does not wait for the disk page by page.
+
+        progress(bytes done, bytes in all).
+        """
+        if self._map is None:
+            self._map = map_file(self.path, self._size)
+        for start in range(0, self._size, _POPULATE):
+            size = min(_POPULATE, self._size - start)
+            try:
+                self._map.madvise(_MADV_POPULATE_READ, start, size)
+            except (OSError, ValueError, AttributeError):
+                return  # an older kernel or another system: pages come when they are used
+            if progress:
+                progress(start + size, self._size)
+
+
+_MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it
+_POPULATE = 256 << 20
+
+
+def release(mapped: mmap.mmap) -> None:
+    """Unmodified pages of a private mapping of a file are dropped from this process; they can be read again."""
+    with suppress(OSError, ValueError, AttributeError):  # a hint only, and not known everywhere
+        mapped.madvise(mmap.MADV_DONTNEED)
+
 
 def save_safetensors(
     path: str | os.PathLike[str],
@@ -144,6 +175,58 @@ def save_safetensors(
         for name in order:
             if tensors[name].numel():
                 file.write(_raw_bytes(tensors[name]))
+
+
+class StreamWriter:
+    """Tensors written to a safetensors file one by one, so that no two need to be in memory. Made by `streaming`.
+
+    The header comes first in the file and is written last, into room that was left for it; readers skip the blanks
+    behind it. Tensors whose sizes are multiples of 64 come first, so that they begin at multiples of 64 in the file.
+    """
+
+    def __init__(self, file: Any, metadata: Mapping[str, str], room: int) -> None:
+        self._file, self._end = file, 0
+        self._room = -(-(8 + room) // 64) * 64 - 8
+        self._header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        file.seek(8 + self._room)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """One more tensor, whole."""
+        self.begin(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        if tensor.numel():
+            self.append(_raw_bytes(tensor))
+
+    def begin(self, name: str, dtype: str, shape: Sequence[int]) -> None:
+        """Announces a tensor whose bytes come by `append`. dtype is torch's name."""
+        begin, size = self._end, math.prod(shape) * DTYPES[_FORMAT_NAMES[dtype]][1]
+        self._end += size
+        self._header[name] = {
+            "dtype": _FORMAT_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, self._end],
+        }
+
+    def append(self, raw: memoryview) -> None:
+        self._file.write(raw)
+
+    def finish(self) -> None:
+        encoded = json.dumps(self._header, separators=(",", ":")).encode()
+        if len(encoded) > self._room:
+            raise ValueError(f"a header of {len(encoded)} bytes in room for {self._room}")
+        if self._file.tell() != 8 + self._room + self._end:
+            raise ValueError("not all bytes of the announced tensors were written")
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + encoded.ljust(self._room))
+
+
+@contextmanager
+def streaming(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> Iterator[StreamWriter]:
+    """A writer for tensors of these names; the file takes its name when the block ends without an exception."""
+    room = 4096 + sum(len(str(v)) for v in metadata.values()) + sum(len(name) * 2 + 160 for name in names)
+    with replacing(path) as file:
+        writer = StreamWriter(file, metadata, room)
+        yield writer
+        writer.finish()
 
 
 @contextmanager

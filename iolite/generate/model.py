@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -21,9 +21,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from iolite.checkpoint.folder import load_folder
-from iolite.checkpoint.hub import resolve
+from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.names import expected_shapes
+from iolite.checkpoint.packing import read_weights
+from iolite.checkpoint.source import open_source
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.device import Choice, choose
 from iolite.errors import UsageError
@@ -33,8 +34,8 @@ from iolite.generate.sampling import SamplingParams
 from iolite.generate.stream import ReplyStream
 from iolite.model.unified import Unified
 from iolite.prompt import Prompt, PromptBuilder, check_tokenizer
+from iolite.quant.schemes import scheme_named
 from iolite.text.stream import TokenStream
-from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -62,39 +63,50 @@ def load(
     drafter: str | None = None,
     kv: str = "auto",
     context: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Model:
-    """A model, ready to answer, from "nano", a folder or a Hugging Face id whose files are on this machine.
+    """A model, ready to answer, from "nano", a folder, a .gguf file, or a Hugging Face id (with `:QUANT` for
+    one of its GGUF files) whose files are on this machine.
+
+    quantize packs float weights to "int4" or "int8" while they are read and keeps the result in a cache folder, from
+    which it is mapped the next time. kv is the format of the cache of keys and values. progress(done, in all, what) is
+    called while weights are packed or read from the disk.
 
     dtype and device are chosen when not given (`model.choice.reason` says why). context limits prompt and answer
     together; by default it is all that the model was made for. Raises DownloadError when the model is not here,
     CheckpointError when its files are wrong, UsageError for a setting that is not available.
     """
     begin = time.perf_counter()
-    _refuse("quantize", quantize)
     _refuse("drafter", drafter)
-    folder = resolve(os.fspath(path))
-    config = ModelConfig.from_folder(folder)
+    if quantize is not None:
+        scheme_named(quantize)
+    source = open_source(os.fspath(path))
+    config = source.config
     limit = config.text.max_position_embeddings
     if context is not None and not 1 < context <= limit:
         raise UsageError(f"the context of {context} tokens is not possible", f"this model takes 2 to {limit}")
+    scheme = quantize or source.scheme
     parameters = sum(_product(shape) for shape in expected_shapes(config).values())
-    choice = choose(device, dtype, config.dtype, parameters)
-    _check_kv(kv, choice)
-    tokenizer = Tokenizer.from_folder(folder)
+    choice = choose(device, dtype, config.dtype, parameters, packed=scheme)
+    kv_dtype = _kv_dtype(kv, choice, packed=scheme is not None)
+    tokenizer = source.tokenizer()
     check_tokenizer(tokenizer, config)
-    config, network = load_folder(folder, dtype=choice.dtype, device=choice.device)
+    weights = read_weights(source, quantize, progress)
+    network = assemble(config, weights, dtype=choice.dtype, device=choice.device)
     return Model(
         name=str(path),
-        folder=folder,
+        folder=source.folder,
         network=network.eval().requires_grad_(False),
         choice=choice,
         builder=PromptBuilder(
             tokenizer,
-            ChatTemplate.from_folder(folder),
+            source.template(),
             config,
-            ProcessorConfig.from_folder(folder, config),
+            source.processor(),
         ),
-        defaults=GenerationConfig.from_folder(folder, config),
+        defaults=source.generation(),
+        kv_dtype=kv_dtype,
+        scheme=scheme,
         context=context or limit,
         load_seconds=time.perf_counter() - begin,
     )
@@ -109,16 +121,20 @@ def _refuse(name: str, value: str | None) -> None:
         raise UsageError(f"{name}={value!r} is not available in this version", f"leave {name} out")
 
 
-def _check_kv(kv: str, choice: Choice) -> None:
-    """The cache holds the format that is computed in; asking for just that is fine, for another is refused."""
+def _kv_dtype(kv: str, choice: Choice, packed: bool) -> torch.dtype | None:
+    """What keys and values are kept in; None: what they are computed in. Packed weights compute in float32 on a CPU and
+    keep bfloat16: the cache is read for every token, and is half the size."""
     if kv not in ("auto", "bf16", "float32", "int8"):
         raise UsageError(f"there is no kv format {kv!r}", "there are auto, bf16, float32 and int8")
     stored = {"bf16": torch.bfloat16, "float32": torch.float32}.get(kv)
-    if kv != "auto" and stored != choice.dtype:
+    if kv == "int8" or (stored is torch.float32 and choice.dtype is not torch.float32):
         raise UsageError(
             f"kv={kv!r} is not available in this version while computing in {choice.dtype_name}",
-            'use kv="auto", which stores keys and values in the format that is computed in',
+            'use kv="auto" or kv="bf16"',
         )
+    if kv == "auto" and packed and choice.dtype is torch.float32:
+        return torch.bfloat16
+    return stored
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,8 @@ class Model:
     builder: PromptBuilder
     defaults: GenerationConfig
     context: int  # tokens of prompt and answer together
+    kv_dtype: torch.dtype | None  # what keys and values are kept in, None: what is computed in
+    scheme: str | None  # "int4" or "int8" of packed weights
     load_seconds: float
 
     @property
@@ -186,7 +204,7 @@ class Model:
         """Float32 scores [len(prompt.ids), vocabulary] of the token that follows each position."""
         prompt = self._as_prompt(prompt)
         check_fits(prompt, self.context + 1)
-        return prompt_logits(self.network, prompt)
+        return prompt_logits(self.network, prompt, self.kv_dtype)
 
     def generate(
         self,
@@ -204,7 +222,7 @@ class Model:
         """
         prompt = self._as_prompt(prompt)
         params = self.sampling(max_tokens=max_tokens, **sampling)
-        decoding = Decoding(self.network, prompt, params, context=self.context, progress=progress)
+        decoding = self._decoding(prompt, params, progress)
         return self._pieces(decoding)
 
     def _pieces(self, decoding: Decoding) -> Iterator[Piece]:
@@ -271,7 +289,7 @@ class Model:
         begin = time.perf_counter()
         params = self.sampling(max_tokens=max_tokens, temperature=temperature, **sampling)
         prompt = self.prompt(messages, tools, thinking, preserve_thinking, image_tokens)
-        decoding = Decoding(self.network, prompt, params, context=self.context, progress=progress)
+        decoding = self._decoding(prompt, params, progress)
         answer = ReplyStream(decoding, self.tokenizer, tools, prepare_seconds=time.perf_counter() - begin)
         return answer if stream else answer.run()
 
@@ -285,6 +303,9 @@ class Model:
         if len(set(params.suppress_tokens)) == size:
             raise UsageError("every token of the vocabulary is suppressed")
         return params
+
+    def _decoding(self, prompt: Prompt, params: SamplingParams, progress: Progress | None) -> Decoding:
+        return Decoding(self.network, prompt, params, context=self.context, kv_dtype=self.kv_dtype, progress=progress)
 
     def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:
         return prompt if isinstance(prompt, Prompt) else self.prompt(prompt)

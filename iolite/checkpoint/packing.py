@@ -1,0 +1,146 @@
+"""Packing a checkpoint tensor by tensor while it is read, and keeping the result to be mapped the next time.
+
+The packed file lies in `${IOLITE_CACHE:-~/.cache/iolite}/packed/`, in a folder named by a digest of the source files'
+names, sizes and times of change, the scheme and the version of the layout. It is written beside and renamed, so that
+it is whole or not there. Deleting the folder costs nothing but the next packing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from iolite.checkpoint import names, packed_folder
+from iolite.checkpoint.safetensors import SafetensorsFile
+from iolite.checkpoint.source import FolderSource, Progress, Source
+from iolite.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iolite.quant.formats import PackedMatrix
+
+    Weights: TypeAlias = dict[str, Tensor | PackedMatrix]
+
+SMALL = 128 << 20  # bytes of source files under which packing again is quicker than keeping
+
+
+def cache_folder() -> Path:
+    """IOLITE_CACHE, or iolite's folder in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("IOLITE_CACHE") or os.path.join(home, "iolite"))
+
+
+def read_weights(source: Source, scheme: str | None, progress: Progress | None = None) -> Weights:
+    """All weights by our names, packed by `scheme` ("int4", "int8") or as they are stored (None).
+
+    What is packed comes out of the cache when it was packed before. Raises UsageError when a packed source is asked
+    for another scheme, CheckpointError for weights that cannot be packed.
+    """
+    if scheme and source.scheme and scheme != source.scheme:
+        raise UsageError(f"{source.name} is packed as {source.scheme} already", f"leave {scheme} out")
+    scheme = scheme or source.scheme
+    if isinstance(source, FolderSource) and (scheme is None or source.is_packed):
+        if source.is_packed:
+            source.populate(progress)
+        return {name: source.weight(name) for name in source.names()}
+    if scheme is None or sum(path.stat().st_size for path in source.files) < SMALL:
+        return dict(_packed(source, scheme, progress))
+    try:
+        return _through_cache(source, scheme, progress)
+    except CheckpointError as error:
+        if not isinstance(error, _NoRoom):
+            raise
+        print(f"note: the packed weights are not kept: {error}", file=sys.stderr)
+        return dict(_packed(source, scheme, progress))
+
+
+class _NoRoom(CheckpointError):
+    """The cache cannot take the packed weights."""
+
+
+def _through_cache(source: Source, scheme: str, progress: Progress | None) -> Weights:
+    path = cache_folder() / "packed" / _digest(source, scheme) / "model.safetensors"
+    kept = _open_kept(path, source)
+    if kept is None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            room = shutil.disk_usage(path.parent).free
+        except OSError as error:
+            raise _NoRoom(f"{path.parent} cannot be made ({error.strerror})") from None
+        needed = _bytes_needed(source, scheme)
+        if room < needed + (256 << 20):
+            raise _NoRoom(f"{path.parent} has {room >> 20} MB free and needs {needed >> 20} MB")
+        packed_folder.write(path, scheme, source.names(), _packed(source, scheme, progress))
+        kept = SafetensorsFile(path)
+    kept.populate(progress and (lambda done, size: progress(done, size, "reading weights")))
+    shapes = names.expected_shapes(source.config)
+    return {name: _kept(kept, name, shapes[name]) for name in source.names()}
+
+
+def _digest(source: Source, scheme: str) -> str:
+    digest = hashlib.sha256(f"{packed_folder.VERSION} {scheme}".encode())
+    for path in source.files:
+        stat = path.stat()
+        digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _bytes_needed(source: Source, scheme: str) -> int:
+    from iolite.quant.formats import INT8, packed_bytes
+    from iolite.quant.schemes import format_for
+
+    total = 0
+    for name, shape in names.expected_shapes(source.config).items():
+        if format := format_for(name, shape, scheme):
+            rows, cols = shape
+            total += packed_bytes(rows, cols, INT8 if source.scheme else format)  # GGUF mixes formats: the widest
+        else:
+            total += 4 * math.prod(shape)
+    return total
+
+
+def _open_kept(path: Path, source: Source) -> SafetensorsFile | None:
+    """The packed file of an earlier time, None when there is none or it is not whole."""
+    if not path.is_file():
+        return None
+    try:
+        kept = SafetensorsFile(path)
+    except CheckpointError:
+        return None  # damaged since: packed again, and replaced
+    wanted = {names.published(name) for name in source.names()}
+    return kept if set(kept.keys()) == wanted else None
+
+
+def _kept(file: SafetensorsFile, name: str, shape: tuple[int, ...]) -> Tensor | PackedMatrix:
+    from iolite.quant.formats import PackedMatrix
+
+    published = names.published(name)
+    tensor = file.tensor(published)
+    return PackedMatrix(tensor, *shape) if file.dtype(published) == "U8" else tensor
+
+
+def _packed(
+    source: Source, scheme: str | None, progress: Progress | None
+) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
+    """Every tensor, packed where the scheme says so. Matrices come first, each let go before the next is read."""
+    from iolite.quant.schemes import format_for, quantise_named
+
+    shapes = names.expected_shapes(source.config)
+    matrices = [name for name in source.names() if format_for(name, shapes[name], scheme or "int4")]
+    order = [*matrices, *(name for name in source.names() if name not in set(matrices))]
+    for done, name in enumerate(order):
+        if progress:
+            progress(done, len(order), f"packing {name}" if scheme else f"reading {name}")
+        weight = source.weight(name)
+        format = format_for(name, shapes[name], scheme) if scheme else None
+        if format and not hasattr(weight, "rows_to_float"):
+            weight = quantise_named(name, weight, format)
+        yield name, weight
+        source.release()
