@@ -264,7 +264,7 @@ def _encode(weight: Tensor, format: Format) -> Blocks:
     else:
         quants, scales, found = on_lattice(x, weight.dtype)
         if not found.all():
-            nearest, steps = _nearest(x, _best_step(x, torch.where(high > -low, high, low)), -8, 7)
+            nearest, steps = _nearest(x, best_step(x, torch.where(high > -low, high, low)), -8, 7)
             quants = torch.where(found[:, None], quants, nearest.add_(8).to(torch.uint8))
             scales = torch.where(found, scales, steps)
         blocks = _as_blocks(format, weight, quants, scales)
@@ -281,7 +281,7 @@ def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> tuple[Tensor
     return (x * inverse[:, None]).round_().clamp_(lowest, highest), scales
 
 
-def _best_step(x: Tensor, peak: Tensor) -> Tensor:
+def best_step(x: Tensor, peak: Tensor) -> Tensor:
     """The int4 step [n] for blocks x [n, 32] whose value of largest magnitude is peak [n].
 
     Whole numbers k leave the squared error |x - d k|² = |x|² - (x·k)² / |k|² with their best step d = x·k / |k|². They

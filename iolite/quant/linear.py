@@ -95,6 +95,12 @@ def quantize_(
         if progress:
             progress(done, len(chosen), name)
         install(model, name, quantise_named(name, model.get_parameter(name), format))
-    decoder = getattr(model, "language_model", None)
-    if isinstance(decoder, nn.Module) and next(model.buffers()).device.type == "cpu":
-        decoder.float()  # of floats only: packed bytes stay as they are
+    float_norms_(model)
+
+
+def float_norms_(model: nn.Module) -> None:
+    """Makes the norms and the layer scalars of a decoder on the CPU float32: there, packed weights compute in it."""
+    decoder = model.get_submodule("language_model")
+    for tensor in (*decoder.parameters(), *decoder.buffers()):
+        if tensor.dim() == 1 and tensor.is_floating_point() and tensor.device.type == "cpu":
+            tensor.data = tensor.data.float()

@@ -19,7 +19,7 @@ from iolite.quant.formats import INT4, INT8, Format, PackedMatrix, quantise
 _PROJECTION = re.compile(
     r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight", re.ASCII
 )
-_TABLES = ("language_model.embed_tokens.weight", "lm_head.weight")
+TABLES = ("language_model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def format_for(name: str, shape: Sequence[int], scheme: str, *, head: Format | N
     chosen = scheme_named(scheme)
     if len(shape) != 2:
         return None
-    if name in _TABLES:
+    if name in TABLES:
         return head or chosen.head
     return chosen.layers if _PROJECTION.fullmatch(name) else None
 

@@ -173,9 +173,9 @@ def test_int4_takes_the_nearest_step_of_a_scale_no_worse_than_that_of_ggml(
     b = by_block(x)
     scale = b.gather(-1, b.abs().argmax(-1, keepdim=True)) / -8  # Q4_0: the largest magnitude becomes -8
     ggml = scale * torch.where(scale == 0, 0, b / scale).round().clamp(-8, 7)
-    # Another scale is only taken for less error. Rounding it to fp16 moves 32 weights by up to 8 steps times 2^-11,
-    # for normal fp16 numbers, which these scales are.
-    slack = 32**0.5 * 8 * 2**-11 * scale.abs()[..., 0]
+    # Another scale is only taken for less error. Rounding it to fp16, by up to 2^-11 of itself or 2^-25, moves each of
+    # 32 weights by up to 8 times that.
+    slack = 32**0.5 * 8 * (2**-11 * scale.abs()[..., 0] + 2**-25)
     assert ((by_block(values) - b).norm(dim=-1) <= (ggml - b).norm(dim=-1) + slack).all()
 
 
