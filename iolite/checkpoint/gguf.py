@@ -149,11 +149,6 @@ class GgufFile:
         for mapped in self._maps:
             release(mapped)
 
-    def release(self) -> None:
-        """Lets go of the pages that were read so far: they count as memory in use until then."""
-        for mapped in self._maps:
-            release(mapped)
-
     def _read_parts(self, count: int) -> None:
         """Adds the tensors of the parts 2 to `count`; the first one's metadata is the model's."""
         first = part_name(self.path.name, 1, count)

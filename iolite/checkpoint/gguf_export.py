@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from iolite.checkpoint import gguf_metadata, names
-from iolite.checkpoint.gguf import GgufWriter, create_gguf
+from iolite.checkpoint.gguf import create_gguf
 from iolite.checkpoint.gguf_blocks import encode
 from iolite.checkpoint.gguf_names import ROPE, gguf_shape, to_gguf, to_gguf_layout
 from iolite.config import FULL, GenerationConfig, ModelConfig, ProcessorConfig, TextConfig
@@ -182,23 +182,23 @@ def write_file(
         for done, tensor in enumerate(plan):
             if progress:
                 progress(done, len(plan), tensor.name)
-            try:
-                _write_tensor(writer, tensor, weight(tensor.name))
-            except ValueError as error:
-                raise CheckpointError(f"cannot write {tensor.name}: {error}") from None
+            for raw in _encoded(tensor, weight(tensor.name)):
+                writer.write(tensor.theirs, raw)
 
 
-def _write_tensor(writer: GgufWriter, tensor: Planned, weight: Weight) -> None:
-    if not isinstance(weight, PackedMatrix) and weight.ndim != 2:
-        writer.write(tensor.theirs, encode(weight, tensor.kind))
-        return
-    for part in _row_parts(weight):
-        if isinstance(part, PackedMatrix) and _PACKED_AS[part.format] == tensor.kind:
-            raw = block_bytes(unpack(part))
-        else:
-            floats = _as_float(part)
-            raw = block_bytes(quantise_blocks(floats, INT4)) if tensor.kind == "Q4_0" else encode(floats, tensor.kind)
-        writer.write(tensor.theirs, raw)
+def _encoded(tensor: Planned, weight: Weight) -> Iterator[Tensor]:
+    """The bytes of a tensor, some rows at a time. Raises CheckpointError for weights that its type cannot hold."""
+    parts = _row_parts(weight) if isinstance(weight, PackedMatrix) or weight.ndim == 2 else iter([weight])
+    for part in parts:
+        try:
+            if isinstance(part, PackedMatrix) and _PACKED_AS[part.format] == tensor.kind:
+                yield block_bytes(unpack(part))
+            elif tensor.kind == "Q4_0":
+                yield block_bytes(quantise_blocks(_as_float(part), INT4))
+            else:
+                yield encode(_as_float(part), tensor.kind)
+        except ValueError as error:
+            raise CheckpointError(f"cannot write {tensor.name}: {error}") from None
 
 
 def _row_parts(weight: Weight) -> Iterator[Weight]:

@@ -202,11 +202,6 @@ class GgufSource:
         for file in (self._file, *([self._embedders] if self._embedders else [])):
             file.release()
 
-    def release(self) -> None:
-        """Lets go of the pages that were read: they count as memory in use until then."""
-        for file in (self._file, *([self._embedders] if self._embedders else [])):
-            file.release()
-
     def _collect(self) -> dict[str, _Stored]:
         """All tensors by our names; CheckpointError for one that is no part of the family."""
         stored: dict[str, _Stored] = {}

@@ -1,4 +1,4 @@
-"""From the name of a model to its folder on this machine: the embedded model, a folder, or the Hugging Face cache.
+"""From the name of a model to its files on this machine: the embedded model, a folder, or the Hugging Face cache.
 
 Nothing here uses the network; `iolite.checkpoint.download` fills the cache. Layout of the cache, shared with every
 other program that uses it (`HF_HOME`, `HF_HUB_CACHE`):
@@ -7,6 +7,9 @@ other program that uses it (`HF_HOME`, `HF_HUB_CACHE`):
         blobs/SHA                    the files themselves, named after their content
         refs/main                    the commit that "main" was when it was last asked for
         snapshots/COMMIT/config.json a link into blobs
+
+A folder, or an id's snapshot, may hold GGUF files instead; a colon and the ending of a file's name say which is meant:
+unsloth/gemma-4-12b-it-GGUF:Q4_0.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import iolite
-from iolite.checkpoint.folder import read_config, weight_files
+from iolite.checkpoint.folder import INDEX, WEIGHTS, read_config, weight_files
+from iolite.checkpoint.gguf_source import choose_file, is_gguf, model_files
 from iolite.config import ModelConfig
 from iolite.errors import CheckpointError, DownloadError, IoliteError
 
@@ -40,26 +44,47 @@ class Found:
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: "nano" (the one inside the package), a folder's path, or a Hugging Face id in the cache.
+    """Where a model is: its folder, or its GGUF file.
 
-    An id may be written in any letter case. Raises DownloadError, with the command that fetches it, for an id that
-    is not in the cache or only in part, and CheckpointError for a file where a folder is meant.
+    name: "nano" (the one inside the package), a folder, a .gguf file, or a Hugging Face id in the cache, in any letter
+    case; a folder or an id with GGUF files may be followed by a colon and the ending of one of them. Raises
+    DownloadError, with the command that fetches it, for an id that is not in the cache or only in part, and
+    CheckpointError for a file that is no model and for a choice that is not clear.
     """
     if name == NANO:
         return nano_folder()
     path = os.path.expanduser(name)  # unlike the methods of Path, those of os.path never raise here
     if os.path.isdir(path):
-        return Path(path)
+        return _in_folder(Path(path), None, name)
     if os.path.isfile(path):
-        raise CheckpointError(f"{name} is a file", "give the folder that holds config.json and the weights")
-    if not is_id(name):
+        if is_gguf(Path(path)):
+            return Path(path)
+        raise CheckpointError(f"{name} is a file", "give the folder that holds config.json and the weights, or a .gguf")
+    start, colon, quant = path.rpartition(":")
+    if colon and quant and os.path.isdir(start):
+        return _in_folder(Path(start), quant, start)
+    repository = start if colon and quant and is_id(start) else name
+    if not is_id(repository):
         raise DownloadError(f"there is no model {name[:200]!r}", f"use nano, a folder, or an id such as {_EXAMPLE}")
-    snapshot = cached(name)
+    snapshot = cached(repository)
     if snapshot is None:
         raise DownloadError(f"{name} is not on this machine", f"fetch it: iolite pull {name}")
+    if repository != name or _has_only_gguf(snapshot):
+        return _in_folder(snapshot, quant if repository != name else None, repository)
     if not is_complete(snapshot):
         raise DownloadError(f"{name} is only partly on this machine", f"continue the download: iolite pull {name}")
     return snapshot
+
+
+def _in_folder(folder: Path, quant: str | None, name: str) -> Path:
+    """The folder itself, or the GGUF file in it that is meant: named by `quant`, or the only one."""
+    return choose_file(folder, quant, name) if quant or _has_only_gguf(folder) else folder
+
+
+def _has_only_gguf(folder: Path) -> bool:
+    """Whether a folder's model is in GGUF files: there are some, and no safetensors."""
+    plain = any((folder / name).exists() for name in (WEIGHTS, INDEX))
+    return not plain and bool(model_files(folder))
 
 
 def nano_folder() -> Path:

@@ -40,7 +40,7 @@ def put(text: str) -> None:
 
 
 @contextmanager
-def working(what: str) -> Iterator[Callable[[int, int], None]]:
+def working(what: str, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
     """A spinner on stderr while the body runs, where that is a terminal; it yields a function that shows progress."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
@@ -48,7 +48,7 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
 
     with Console(stderr=True).status(f"{what} …") as status:
-        yield lambda done, total: status.update(f"{what}: {done} of {total} tokens")
+        yield lambda done, total: status.update(f"{what}: {done} of {total} {unit}")
 
 
 def show(start: Callable[[Callable[[int, int], None]], ReplyStream]) -> ReplyStream:

@@ -8,7 +8,7 @@ read them as UTF-8. `iolite.text.stream` does the same a token at a time and giv
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -133,6 +133,22 @@ class Tokenizer:
             byte = _BYTE.fullmatch(token)
             table[i] = bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
         return table
+
+
+def tokenizer_config(tokens: Mapping[str, str]) -> dict[str, object]:
+    """The tokenizer_config.json that belongs to a tokenizer.json, with the names that the reference's processor asks
+    for. tokens: those of SPECIAL_TOKENS that the vocabulary has."""
+    roles = {role: token for token, role in tokens.items()}
+    basic = ("pad_token", "eos_token", "bos_token", "unk_token", "mask_token")
+    return {
+        "tokenizer_class": "GemmaTokenizer",
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+        **roles,
+        "extra_special_tokens": [],
+        "model_specific_special_tokens": {role: token for role, token in roles.items() if role not in basic},
+    }
 
 
 def _decoder_types(backend: tokenizers.Tokenizer) -> set[str]:

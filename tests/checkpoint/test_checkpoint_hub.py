@@ -47,9 +47,11 @@ def test_nano_and_folders(cache, tmp_path, monkeypatch):
     assert hub.resolve(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub.resolve("~/hub") == cache
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for name in ("a.gguf", "b.bin"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert hub.resolve(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
     with pytest.raises(CheckpointError, match="is a file"):
-        hub.resolve(str(tmp_path / "a.gguf"))
+        hub.resolve(str(tmp_path / "b.bin"))
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "a/b/c", "../x", "./x/y", "a//b", "/no/such", "owner/na--me", "a/.."])

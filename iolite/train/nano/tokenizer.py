@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from iolite.errors import UsageError
-from iolite.text.tokenizer import SPECIAL_TOKENS
+from iolite.text.tokenizer import SPECIAL_TOKENS, tokenizer_config
 
 # What the chat template writes around every message; each is one token, however rare in the texts.
 TEMPLATE_WORDS = ("\n", "thought", "user", "model", "system")
@@ -41,24 +41,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False) + "\n"
+    config = json.dumps(tokenizer_config(SPECIAL_TOKENS), indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
     return tokenizer
-
-
-def tokenizer_config() -> dict[str, object]:
-    """The tokenizer_config.json beside it, with the names that the reference's processor asks for."""
-    roles = {role: token for token, role in SPECIAL_TOKENS.items()}
-    basic = ("pad_token", "eos_token", "bos_token", "unk_token", "mask_token")
-    return {
-        "tokenizer_class": "GemmaTokenizer",
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 1_000_000_000,
-        **roles,
-        "extra_special_tokens": [],
-        "model_specific_special_tokens": {role: token for role, token in roles.items() if role not in basic},
-    }
 
 
 def _learn(texts: Iterable[str], room: int) -> tuple[list[str], list[Merge]]:

@@ -1,0 +1,53 @@
+"""A tiny random model that GGUF can hold: the embedded model's tokenizer and template, and head sizes of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from iolite.checkpoint.folder import save_folder
+from iolite.checkpoint.hub import nano_folder
+from iolite.config import FULL, SLIDING, ModelConfig, RopeConfig, TextConfig
+from iolite.model.unified import Unified
+from support.tiny import randomise
+
+# Rows are whole blocks of 256, so that every type of GGUF can hold them; no two sizes that could be confused are equal.
+SIZES = {
+    "published": {},
+    "own-values": {
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 4,
+        "attention_k_eq_v": False,
+        "final_logit_softcapping": None,
+        "rms_norm_eps": 1e-3,
+        "rope_sliding": RopeConfig(1000.0),
+        "rope_full": RopeConfig(50_000.0, 0.5),
+        "layer_types": (FULL, SLIDING, FULL, FULL),
+        "num_hidden_layers": 4,
+    },
+}
+
+
+def tiny_text(name: str) -> TextConfig:
+    nano = ModelConfig.from_folder(nano_folder()).text
+    plain = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "sliding_window": 16,
+    }
+    return dataclasses.replace(nano, **(plain | SIZES[name]))
+
+
+def save_tiny(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, tied: bool = True) -> Path:
+    """Writes the model's folder and returns it."""
+    nano = nano_folder()
+    config = dataclasses.replace(ModelConfig.from_folder(nano), text=tiny_text(name), tie_word_embeddings=tied)
+    model = Unified(config)
+    randomise(model, seed=3)
+    save_folder(folder, model.to(dtype), config, base=nano)
+    return folder
