@@ -129,6 +129,7 @@ TWO_WAY = {
     "one after another": lambda n: torch.arange(n) // 30 + 1,
     "scattered": lambda n: torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(n)),
     "none": lambda n: torch.zeros(n, dtype=torch.int64),
+    "negative, which is none": lambda n: torch.full((n,), -1),
 }
 
 
