@@ -1,90 +1,107 @@
-// Activations rounded to int8, one scale for each 32 of a row: what the products of isa_matmul.cpp read.
+// Activations as the products read them: int8 with a scale for each 32 columns, interleaved by token.
 //
-// Tokens stand in groups. In a group of T, block by block, the four activations that meet one load of weights lie
-// together for all its tokens: quants [block][8][T][4]. Scale, sum and start values are [block][T].
+// Tokens go in groups of about the same size, at most `most`. A group of T tokens is a sequence of blocks, one for each
+// 32 columns (as many as the weights have, padded to whole tiles), of 44 * T bytes:
+//
+//   int8  q[T][32]      x = scale * q
+//   float scale[T]
+//   int32 sums8[T]      -8 * (sum of the 32 q): what a sum starts with when the weights are nibble - 8
+//   float sum[T]        scale * (sum of the 32 q): what a block's minimum is multiplied with
 #pragma once
-
-#include <cstdint>
 
 #include "dot.h"
 #include "scratch.h"
-#include "simd.h"
 #include "tasks.h"
 
 namespace {
 
-constexpr int64_t kBlock = 32, kTileRows = 16, kTileCols = 64;
+constexpr int64_t kTokenBytes = kBlock + 12;
 
-struct Activations {
-    int64_t n, blocks, group;  // tokens, blocks of a row (padded to whole tiles), tokens of a group (the last has fewer)
-    int8_t* quants;
-    float* scales;
-    float* sums;      // scale * sum of the block's quants: what a minimum is multiplied with
-    int32_t* starts;  // where the integer sum begins for weights that lie 8 too high: -8 * sum of the block's quants
-    int32_t* starts8; // and for those of dot8
-
-    int64_t groups() const { return ceil_div(n, group); }
-    int64_t size(int64_t g) const { return min(group, n - g * group); }
-    int64_t offset(int64_t g) const { return g * group * blocks; }  // into scales, sums and starts; quants: times 32
+template <int T>
+struct Tokens {
+    int8_t q[T][kBlock];
+    float scale[T];
+    int32_t sums8[T];
+    float sum[T];
 };
 
-// Where a call's activations go: the caller's shared scratch.
-IOL_INLINE Activations make_room(int64_t n, int64_t cols, int64_t group) {
-    const int64_t blocks = ceil_div(cols, kTileCols) * 2, all = round_up(n * blocks, 16);
-    char* at = (char*)iol_scratch(IOL_SCRATCH_SHARED, (size_t)all * (32 + 16));
-    return {n, blocks, group, (int8_t*)at, (float*)(at + all * 32), (float*)(at + all * 36), (int32_t*)(at + all * 40),
-            (int32_t*)(at + all * 44)};
+struct Activations {
+    const float* x;
+    int64_t stride, n, cols;  // of x [n, cols]
+    int64_t blocks;           // of a token, those of padding included
+    int64_t groups;
+    uint8_t* data;
+
+    int64_t first(int64_t group) const { return group * (n / groups) + min(group, n % groups); }
+    int64_t size(int64_t group) const { return n / groups + (group < n % groups); }
+    uint8_t* of(int64_t group) const { return data + first(group) * blocks * kTokenBytes; }
+};
+
+// The largest magnitude of 32 numbers, NaN if one is NaN: without their sign bits floats are ordered as integers are.
+IOL_INLINE float largest_magnitude(const float* x) {
+    vi most{};
+    IOL_UNROLL for (int i = 0; i < kBlock; i += W) {
+        const vi bits = (vi)load(x + i) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    most = across<Largest>(most);
+    return ((vf)most)[0];
 }
 
-// One block of one token. x has 32 numbers, fewer at the end of a row.
-IOL_INLINE void round_block(const float* x, int64_t size, int8_t* quants, int64_t step, float* scale, float* sum,
-                            int32_t* start, int32_t* start8) {
-    float padded[32];
-    if (size < 32) {
-        for (int64_t i = 0; i < 32; i++) padded[i] = i < size ? x[i] : 0.0f;
-        x = padded;
+typedef int8_t vb __attribute__((vector_size(W)));
+
+// The 32 numbers at x as token t of T in a block.
+IOL_INLINE void quantise_block(const float* x, uint8_t* block, int64_t t, int64_t T) {
+    const float most = largest_magnitude(x);
+    const bool zero = most < 0x1p-120f;  // 127 / most would not be finite
+    const float scale = zero ? 0.0f : most / 127.0f, inverse = zero ? 0.0f : 127.0f / most;
+    vi sums{};
+    IOL_UNROLL for (int i = 0; i < kBlock; i += W) {
+        const vi q = round(load(x + i) * inverse);
+        const vb bytes = __builtin_convertvector(q, vb);
+        __builtin_memcpy(block + t * kBlock + i, &bytes, sizeof bytes);
+        sums += q;
     }
-    vf biggest{};
-    for (int i = 0; i < 32; i += W) {
-        const vf v = load(x + i);
-        biggest = max(biggest, v < 0.0f ? -v : v);
-    }
-    const float most = largest(biggest);
-    const bool zero = most < 0x1p-120f;  // 127 / most would be infinite, or nearly
-    const float inverse = zero ? 0.0f : 127.0f / most, d = zero ? 0.0f : most / 127.0f;
-    const vf magic = all(12582912.0f);  // rounds to an integer, half to even, left in the low bits
-    vi count{};
-    int32_t rounded[32];
-    for (int i = 0; i < 32; i += W) {
-        const vi q = (vi)(load(x + i) * inverse + magic) - (vi)magic;
-        count += q;
-        __builtin_memcpy(rounded + i, &q, sizeof q);
-    }
-    for (int quad = 0; quad < 8; quad++) {
-        int8_t* out = quants + quad * step;
-        for (int j = 0; j < 4; j++) out[j] = (int8_t)rounded[4 * quad + j];
-    }
-    int32_t sum_of_quants = 0;
-    for (int i = 0; i < W; i++) sum_of_quants += count[i];
-    *scale = d;
-    *start = -8 * sum_of_quants;
-    *start8 = kStart8 * sum_of_quants;
-    *sum = d * (float)sum_of_quants;
+    const int32_t sum = across<Sum>(sums)[0], sums8 = -8 * sum;
+    const float scaled = scale * (float)sum;
+    uint8_t* numbers = block + T * kBlock + 4 * t;
+    __builtin_memcpy(numbers, &scale, 4);
+    __builtin_memcpy(numbers + 4 * T, &sums8, 4);
+    __builtin_memcpy(numbers + 8 * T, &scaled, 4);
 }
 
-IOL_INLINE void round_token(const Activations& a, int64_t token, const float* x, int64_t cols) {
-    const int64_t g = token / a.group, t = token % a.group, T = a.size(g), at = a.offset(g);
-    for (int64_t block = 0; block < a.blocks; block++) {
-        const int64_t begin = block * kBlock, i = at + block * T + t;
-        round_block(x + begin, max((int64_t)0, min(kBlock, cols - begin)), a.quants + (at + block * T) * 32 + t * 4,
-                    T * 4, a.scales + i, a.sums + i, a.starts + i, a.starts8 + i);
+// Blocks [begin, end) of every token of a group.
+void quantise_group(const Activations& a, int64_t group, int64_t begin, int64_t end) {
+    const int64_t T = a.size(group);
+    for (int64_t t = 0; t < T; t++) {
+        const float* x = a.x + (a.first(group) + t) * a.stride;
+        uint8_t* block = a.of(group) + begin * T * kTokenBytes;
+        for (int64_t col = begin * kBlock; col < end * kBlock; col += kBlock, block += T * kTokenBytes) {
+            if (col + kBlock <= a.cols) {
+                quantise_block(x + col, block, t, T);
+            } else {
+                float padded[kBlock] = {};
+                for (int64_t i = col; i < a.cols; i++) padded[i - col] = x[i];
+                quantise_block(padded, block, t, T);
+            }
+        }
     }
 }
 
-IOL_INLINE void round_all(iol_pool* pool, const Activations& a, const float* x, int64_t stride, int64_t cols) {
-    for_ranges(pool, a.n, 2 * cols, [=](int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; token++) round_token(a, token, x + token * stride, cols);
+constexpr int64_t kQuantiseTask = 32768;  // numbers, about 10 µs: less is not worth waking a thread
+
+// All tokens, by the caller alone unless there are many; kept in the caller's shared scratch memory.
+Activations quantise(iol_pool* pool, const float* x, int64_t stride, int64_t n, int64_t cols, int64_t most) {
+    Activations a{x, stride, n, cols, ceil_div(cols, 2 * kBlock) * 2, ceil_div(n, most), nullptr};
+    a.data = (uint8_t*)iol_scratch(IOL_SCRATCH_SHARED, (size_t)(n * a.blocks * kTokenBytes));
+    // Pieces of columns, so that a single group is shared too.
+    const int64_t pieces = max((int64_t)1, min(a.blocks, n * cols / a.groups / kQuantiseTask));
+    const int64_t each = ceil_div(a.blocks, pieces);
+    for_tasks(pool, a.groups * pieces, n * cols < 2 * kQuantiseTask, [&](int64_t task) {
+        const int64_t begin = task % pieces * each;
+        quantise_group(a, task / pieces, begin, min(begin + each, a.blocks));
     });
+    return a;
 }
 
 }  // namespace
