@@ -13,7 +13,7 @@ most 2^-25, which is refused when it is more than one part in 2^9 of the scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from iolite.checkpoint import names
@@ -24,7 +24,7 @@ from iolite.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iolite.quant.formats import PackedMatrix
+    from iolite.quant.formats import Format, PackedMatrix
 
 SCHEME = "int4"
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
@@ -69,6 +69,13 @@ def _check_form(quantization: Mapping[str, Any]) -> None:
         )
     if isinstance(weights, dict) and weights.get("actorder") not in (None, "static", "weight", False):
         raise CheckpointError("compressed-tensors weights with re-ordered groups are not supported")
+
+
+def packed_formats(stored: Mapping[str, Stored], every: Iterable[str]) -> dict[str, Format]:
+    """Which of our names stand for packed matrices."""
+    from iolite.quant.formats import INT4
+
+    return {name: INT4 for name in every if name.removesuffix(".weight") + _PACKED in stored}
 
 
 def read(stored: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> Tensor | PackedMatrix:

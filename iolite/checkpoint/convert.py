@@ -15,13 +15,11 @@ from iolite.checkpoint import names, packed_folder
 from iolite.checkpoint.folder import INDEX, WEIGHTS
 from iolite.checkpoint.gguf_drafter import MODEL_TYPE, open_drafter, write_drafter
 from iolite.checkpoint.gguf_export import KINDS, Contents, mmproj_name, write_embedders, write_model
-from iolite.checkpoint.gguf_source import GgufSource
 from iolite.checkpoint.safetensors import replacing, streaming
 from iolite.checkpoint.source import Progress, Source
 from iolite.config import read_json
 from iolite.errors import CheckpointError, UsageError
-from iolite.quant.formats import Format, PackedMatrix
-from iolite.quant.schemes import format_for
+from iolite.quant.formats import PackedMatrix
 from iolite.text.template import COMPLETION_TEMPLATE
 from iolite.text.tokenizer import SPECIAL_TOKENS, tokenizer_config
 
@@ -81,24 +79,8 @@ def contents_of(source: Source) -> Contents:
         generation=source.generation(),
         processor=source.processor(),
         weight=weight,
-        packed=packed_formats(source),
+        packed=source.packed_formats(),
     )
-
-
-def packed_formats(source: Source) -> Mapping[str, Format]:
-    """The tensors that a source gives packed, by our names, with their formats."""
-    if isinstance(source, GgufSource):
-        return source.packed_formats()
-    if source.scheme is None:
-        return {}
-    shapes, found = names.expected_shapes(source.config), {}
-    for name in source.names():
-        if format_for(name, shapes[name], source.scheme):
-            weight = source.weight(name)
-            if isinstance(weight, PackedMatrix):
-                found[name] = weight.format
-            source.release()
-    return found
 
 
 def to_folder(source: Source, folder: Path, to: str | None, progress: Progress | None = None) -> list[Path]:
@@ -131,7 +113,7 @@ def to_folder(source: Source, folder: Path, to: str | None, progress: Progress |
 
 def _weights(source: Source, dtype: str, scheme: str | None, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
     """Tensors as they are stored: packed bytes first, so that they are aligned, then floats."""
-    packed = packed_formats(source)
+    packed = source.packed_formats()
     order = sorted(source.names(), key=lambda name: name not in packed)
     for done, name in enumerate(order):
         if progress:

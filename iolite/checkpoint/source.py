@@ -8,7 +8,7 @@ GGUF                llama.cpp's files
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +24,7 @@ from iolite.text.tokenizer import Tokenizer
 if TYPE_CHECKING:  # a source is described without importing torch
     import torch
 
-    from iolite.quant.formats import PackedMatrix
+    from iolite.quant.formats import Format, PackedMatrix
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, in all, what is being worked on)."""
@@ -49,6 +49,10 @@ class Source(Protocol):
 
     def names(self) -> list[str]:
         """Our names of all tensors."""
+        ...
+
+    def packed_formats(self) -> Mapping[str, Format]:
+        """The tensors that `weight` gives packed, by our names, with their formats."""
         ...
 
     def weight(self, name: str) -> torch.Tensor | PackedMatrix:
@@ -100,6 +104,15 @@ class FolderSource:
 
     def names(self) -> list[str]:
         return list(names.expected_shapes(self.config))
+
+    def packed_formats(self) -> Mapping[str, Format]:
+        if self.quantization is None:
+            return {}
+        if not self.is_packed:
+            return compressed_tensors.packed_formats(self._stored, self.names())
+        from iolite.quant.formats import format_of_tile
+
+        return {n: format_of_tile(item.shape[2]) for n, item in self._stored.items() if item.dtype == "U8"}
 
     def weight(self, name: str) -> torch.Tensor | PackedMatrix:
         shape = names.expected_shapes(self.config)[name]

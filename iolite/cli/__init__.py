@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "Train the embedded model anew",
     "eval": "Measure a model on tasks",
     "bench": "Measure how fast a model is on this machine",
+    "init": "Make a model of random weights and the true shape, for benchmarks",
     "convert": "Write a model in another format: GGUF or safetensors",
     "pull": "Download a model into the Hugging Face cache",
     "list": "List the models on this machine",
