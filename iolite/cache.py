@@ -33,7 +33,10 @@ class LayerCache(Protocol):
 
 
 class _Rows:
-    """A [rows, K, D] buffer pair that grows up to a limit, so a short chat does not pay for a long context."""
+    """A [rows, K, D] buffer pair that grows up to a limit, so a short chat does not pay for a long context.
+
+    In memory the rows of one head follow one another, so that a thread that attends for it reads one stream.
+    """
 
     def __init__(self, limit: int, dtype: torch.dtype | None) -> None:
         self.limit, self.dtype = limit, dtype
@@ -45,7 +48,9 @@ class _Rows:
         room = 0 if self.k is None else self.k.shape[0]
         if rows > room:
             rows = min(self.limit, max(rows, 2 * room, _FIRST_ROOM))
-            grown = [like.new_zeros(rows, *like.shape[1:], dtype=self.dtype or like.dtype) for _ in range(2)]
+            heads, size = like.shape[1:]
+            dtype = self.dtype or like.dtype
+            grown = [like.new_zeros(heads, rows, size, dtype=dtype).transpose(0, 1) for _ in range(2)]
             for new, old in zip(grown, (self.k, self.v), strict=True):
                 if old is not None:
                     new[:room] = old
