@@ -15,6 +15,9 @@ from torch import Tensor
 from iolite.kernels import ops
 from iolite.kernels.reference import attention, may_look
 
+MAX_TOKENS = 8
+"""The most new tokens that Triton's kernel takes; more are left to torch."""
+
 
 def write(buffer: Tensor, new: Tensor, length: Tensor) -> None:
     """Puts new [n, K, D] of positions length .. length + n - 1 into buffer [room, K, D]."""
@@ -29,9 +32,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | None) 
     else a query sees that many tokens, its own included. room is at least window + n - 1.
     """
     assert window is None or k.shape[0] >= window + q.shape[0] - 1
-    backend = ops._packed(q) if q.device.type == "cuda" else None
-    if backend is not None and q.shape[0] <= backend.MAX_TOKENS:
-        return backend.attend_ring(q, k, v, length, window)
+    kernel = getattr(ops._packed(q), "attend_ring", None)  # Triton's module has one
+    if kernel is not None and q.shape[0] <= MAX_TOKENS:
+        return kernel(q, k, v, length, window)
     return attend_reference(q, k, v, length, window)
 
 

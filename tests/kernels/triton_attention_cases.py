@@ -94,6 +94,8 @@ def test_as_an_operator_of_torch_compile() -> None:
     q, k, v = tensors(2, 4, 2, 16, 40, torch.float32)
     arguments = (q, k, v, torch.tensor(9, device=DEVICE), 12)
     torch.library.opcheck(attention.ring_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(triton.attend_ring, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), triton.attend_ring(*arguments))
 
 
 def test_the_ring_in_plain_torch_is_the_same() -> None:

@@ -31,7 +31,7 @@ except ImportError as error:
     _reason = f"Triton cannot be imported: {error}"
 
 MAX_TOKENS = 8
-"""The most new tokens that `attend_ring` takes."""
+"""The most new tokens that `attention` computes itself."""
 
 
 def available() -> bool:
