@@ -10,6 +10,7 @@ help:
 	@echo "make test       lint, types and the whole test suite"
 	@echo "make test-fast  the test suite without its slow part"
 	@echo "make kernels    compile the C++ kernels that changed"
+	@echo "make test-peers  builds llama.cpp (ten minutes, once) and compares with it"
 	@echo "make lint       ruff and mypy;  make format: let ruff format"
 	@echo "make docs       write docs/reference from the commands' help and the docstrings"
 
@@ -23,6 +24,10 @@ test: lint kernels
 
 test-fast: .venv/.dev kernels
 	$(BIN)/python -m pytest -m "not slow"
+
+# IOLITE_LLAMA_CPP=/path/to/llama.cpp also runs the tests of its converter, which the Python package lacks.
+test-peers: .venv/.peers
+	$(BIN)/python -m pytest -m peer
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -50,6 +55,10 @@ docs: .venv/.dev
 .venv/.dev: .venv/bin/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@ .venv/.iolite
+
+.venv/.peers: .venv/.dev
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,peers]"
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info $(KERNELS)/build $(KERNELS)/libiolite.*

@@ -219,9 +219,9 @@ def text_metadata(text: TextConfig, prefix: str) -> dict[str, Any]:
         "attention.key_length": text.global_head_dim,
         "attention.value_length": text.global_head_dim,
     }
-    if text.final_logit_softcapping is not None:
-        values["final_logit_softcapping"] = text.final_logit_softcapping
     values |= {
+        # llama.cpp's converter leaves the key out where there is no cap, and its loader then takes 30.
+        "final_logit_softcapping": text.final_logit_softcapping or 0.0,
         "attention.sliding_window": text.sliding_window,
         "attention.shared_kv_layers": 0,
         "embedding_length_per_layer_input": 0,

@@ -9,7 +9,7 @@ import torch
 
 from iolite.checkpoint.folder import save_folder
 from iolite.checkpoint.hub import nano_folder
-from iolite.config import FULL, SLIDING, ModelConfig, RopeConfig, TextConfig
+from iolite.config import FULL, SLIDING, ModelConfig, ProcessorConfig, RopeConfig, TextConfig
 from iolite.model.unified import Unified
 from support.tiny import randomise
 
@@ -49,5 +49,5 @@ def save_tiny(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, tied
     config = dataclasses.replace(ModelConfig.from_folder(nano), text=tiny_text(name), tie_word_embeddings=tied)
     model = Unified(config)
     randomise(model, seed=3)
-    save_folder(folder, model.to(dtype), config, base=nano)
+    save_folder(folder, model.to(dtype), config, processor=ProcessorConfig.from_folder(nano, config), base=nano)
     return folder
