@@ -13,7 +13,7 @@ most 2^-25, which is refused when it is more than one part in 2^9 of the scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from iolite.checkpoint import names
@@ -36,11 +36,12 @@ def check(config: ModelConfig, quantization: Mapping[str, Any], stored: Mapping[
     are missing, unknown or of the wrong shape."""
     _check_form(quantization)
     expected = dict(names.expected_shapes(config))
-    found = {name: item for name, item in stored.items() if not (config.tie_word_embeddings and name == names.LM_HEAD)}
+    tied = config.tie_word_embeddings  # some programs write a copy of the head all the same
+    found = {name: item for name, item in stored.items() if not (tied and name.startswith("lm_head."))}
     wanted: dict[str, tuple[int, ...]] = {}
     for name, shape in expected.items():
         base = name.removesuffix(".weight")
-        if base + _PACKED in found:
+        if base + _PACKED in found and len(shape) == 2:
             rows, cols = shape
             if cols % 32:
                 raise CheckpointError(f"{name} has {cols} columns, which are no groups of 32")
@@ -71,18 +72,25 @@ def _check_form(quantization: Mapping[str, Any]) -> None:
         raise CheckpointError("compressed-tensors weights with re-ordered groups are not supported")
 
 
-def packed_formats(stored: Mapping[str, Stored], every: Iterable[str]) -> dict[str, Format]:
-    """Which of our names stand for packed matrices."""
+def packed_formats(stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Format]:
+    """Which of our names stand for matrices that stay packed."""
     from iolite.quant.formats import INT4
 
-    return {name: INT4 for name in every if name.removesuffix(".weight") + _PACKED in stored}
+    return {name: INT4 for name, shape in shapes.items() if _stays_packed(stored, name, shape)}
+
+
+def _stays_packed(stored: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is packed here, and is one that the kernels take so: those of the embedders are made floats."""
+    from iolite.quant.schemes import format_for
+
+    return name.removesuffix(".weight") + _PACKED in stored and format_for(name, shape, SCHEME) is not None
 
 
 def read(stored: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> Tensor | PackedMatrix:
     """One tensor by our name: a packed matrix, or floats as they are stored."""
     import torch
 
-    from iolite.quant.formats import BLOCK, INT4, Blocks, pack
+    from iolite.quant.formats import BLOCK, INT4, Blocks, decode, pack
 
     base = name.removesuffix(".weight")
     if base + _PACKED not in stored:
@@ -100,4 +108,5 @@ def read(stored: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> Ten
     if not bool((off <= scales.float().abs() * 2**-9).all()):
         raise CheckpointError(f"{stored[base + _SCALE].name} holds scales that fp16 cannot")
     assert scales.shape[1] == cols // BLOCK
-    return pack(Blocks(INT4, quants, halves, None))
+    blocks = Blocks(INT4, quants, halves, None)
+    return pack(blocks) if _stays_packed(stored, name, shape) else decode(blocks)

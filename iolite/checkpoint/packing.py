@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from iolite.checkpoint import names, packed_folder
-from iolite.checkpoint.safetensors import SafetensorsFile
+from iolite.checkpoint.folder import Stored
+from iolite.checkpoint.safetensors import SafetensorsFile, WriteError
 from iolite.checkpoint.source import FolderSource, Progress, Source
 from iolite.errors import CheckpointError, UsageError
 
@@ -54,29 +55,23 @@ def read_weights(source: Source, scheme: str | None, progress: Progress | None =
         return dict(_packed(source, scheme, progress))
     try:
         return _through_cache(source, scheme, progress)
-    except CheckpointError as error:
-        if not isinstance(error, _NoRoom):
-            raise
+    except WriteError as error:
         print(f"note: the packed weights are not kept: {error}", file=sys.stderr)
         return dict(_packed(source, scheme, progress))
 
 
-class _NoRoom(CheckpointError):
-    """The cache cannot take the packed weights."""
-
-
 def _through_cache(source: Source, scheme: str, progress: Progress | None) -> Weights:
     path = cache_folder() / "packed" / _digest(source, scheme) / "model.safetensors"
-    kept = _open_kept(path, source)
+    kept = _open_kept(path, source, scheme)
     if kept is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(path.parent).free
         except OSError as error:
-            raise _NoRoom(f"{path.parent} cannot be made ({error.strerror})") from None
+            raise WriteError(f"{path.parent} cannot be made ({error.strerror})") from None
         needed = _bytes_needed(source, scheme)
         if room < needed + (256 << 20):
-            raise _NoRoom(f"{path.parent} has {room >> 20} MB free and needs {needed >> 20} MB")
+            raise WriteError(f"{path.parent} has {room >> 20} MB free and needs {needed >> 20} MB")
         packed_folder.write(path, scheme, source.names(), _packed(source, scheme, progress))
         kept = SafetensorsFile(path)
     kept.populate(progress and (lambda done, size: progress(done, size, "reading weights")))
@@ -106,16 +101,17 @@ def _bytes_needed(source: Source, scheme: str) -> int:
     return total
 
 
-def _open_kept(path: Path, source: Source) -> SafetensorsFile | None:
+def _open_kept(path: Path, source: Source, scheme: str) -> SafetensorsFile | None:
     """The packed file of an earlier time, None when there is none or it is not whole."""
     if not path.is_file():
         return None
     try:
         kept = SafetensorsFile(path)
+        stored = {names.from_file(name): Stored(kept, name) for name in kept.keys()}  # noqa: SIM118 (not a dict)
+        packed_folder.check(source.config, packed_folder.quantization_config(scheme), stored)
     except CheckpointError:
         return None  # damaged since: packed again, and replaced
-    wanted = {names.published(name) for name in source.names()}
-    return kept if set(kept.keys()) == wanted else None
+    return kept
 
 
 def _kept(file: SafetensorsFile, name: str, shape: tuple[int, ...]) -> Tensor | PackedMatrix:

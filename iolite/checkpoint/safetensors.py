@@ -61,6 +61,10 @@ class Entry:
     end: int
 
 
+class WriteError(CheckpointError):
+    """A file that could not be written: no room, or no permission."""
+
+
 class SafetensorsFile:
     """One file, its header read and checked; tensors are mapped when asked for.
 
@@ -197,7 +201,11 @@ class StreamWriter:
             self.append(_raw_bytes(tensor))
 
     def begin(self, name: str, dtype: str, shape: Sequence[int]) -> None:
-        """Announces a tensor whose bytes come by `append`. dtype is torch's name."""
+        """Announces a tensor whose bytes come by `append`. dtype is torch's name. Raises ValueError when the one before
+        has fewer or more bytes than it was to have, or a name comes twice."""
+        self._check_end()
+        if name in self._header:
+            raise ValueError(f"{name} is written twice")
         begin, size = self._end, math.prod(shape) * DTYPES[_FORMAT_NAMES[dtype]][1]
         self._end += size
         self._header[name] = {
@@ -213,16 +221,20 @@ class StreamWriter:
         encoded = json.dumps(self._header, separators=(",", ":")).encode()
         if len(encoded) > self._room:
             raise ValueError(f"a header of {len(encoded)} bytes in room for {self._room}")
-        if self._file.tell() != 8 + self._room + self._end:
-            raise ValueError("not all bytes of the announced tensors were written")
+        self._check_end()
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._room) + encoded.ljust(self._room))
+
+    def _check_end(self) -> None:
+        written = self._file.tell() - 8 - self._room
+        if written != self._end:
+            raise ValueError(f"{written} bytes were written where {self._end} were announced")
 
 
 @contextmanager
 def streaming(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> Iterator[StreamWriter]:
     """A writer for tensors of these names; the file takes its name when the block ends without an exception."""
-    room = 4096 + sum(len(str(v)) for v in metadata.values()) + sum(len(name) * 2 + 160 for name in names)
+    room = 4096 + len(json.dumps(dict(metadata))) + sum(len(json.dumps(name)) + 160 for name in names)
     with replacing(path) as file:
         writer = StreamWriter(file, metadata, room)
         yield writer
@@ -240,9 +252,10 @@ def replacing(path: Path) -> Iterator[Any]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error.strerror})") from None
+        raise WriteError(f"{path} cannot be written ({error.strerror})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its name already, or could not be made
+            partial.unlink()
     if os.name == "posix":  # the new name itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -55,6 +55,10 @@ class Source(Protocol):
         """The tensors that `weight` gives packed, by our names, with their formats."""
         ...
 
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of the tensors by the format that they are stored in."""
+        ...
+
     def weight(self, name: str) -> torch.Tensor | PackedMatrix:
         """One tensor: floats as they are stored, or a packed matrix."""
         ...
@@ -109,10 +113,22 @@ class FolderSource:
         if self.quantization is None:
             return {}
         if not self.is_packed:
-            return compressed_tensors.packed_formats(self._stored, self.names())
+            return compressed_tensors.packed_formats(self._stored, names.expected_shapes(self.config))
         from iolite.quant.formats import format_of_tile
 
         return {n: format_of_tile(item.shape[2]) for n, item in self._stored.items() if item.dtype == "U8"}
+
+    def sizes(self) -> Mapping[str, int]:
+        packed = {id(self._stored[name]): format.name for name, format in self._own_packed().items()}
+        sizes: dict[str, int] = {}
+        for item in self._stored.values():
+            kind = packed.get(id(item), item.dtype)
+            sizes[kind] = sizes.get(kind, 0) + item.nbytes
+        return sizes
+
+    def _own_packed(self) -> Mapping[str, Format]:
+        """Those of `packed_formats` that are one tensor in the file."""
+        return self.packed_formats() if self.is_packed else {}
 
     def weight(self, name: str) -> torch.Tensor | PackedMatrix:
         shape = names.expected_shapes(self.config)[name]
