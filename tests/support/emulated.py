@@ -6,7 +6,7 @@ import contextlib
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,19 @@ class Emulated:
 
     def close(self) -> None:
         self._process.communicate()
+
+    def linear(self, x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+        n = x.numel() // x.shape[-1]
+        told = [part for m in matrices for part in _matrix(m)]
+        rows = [m.rows for m in matrices]
+        out = self._floats(torch.Size((n * sum(rows),)), "linear", x, n, len(matrices), *told)
+        parts = out.split([n * r for r in rows])
+        return [part.view(*x.shape[:-1], r) for part, r in zip(parts, rows, strict=True)]
+
+    def gated(self, x: Tensor, gate: Matrix, up: Matrix) -> Tensor:
+        n = x.numel() // x.shape[-1]
+        shape = torch.Size((*x.shape[:-1], gate.rows))
+        return self._floats(shape, "gated", x, n, *_matrix(gate), *_matrix(up))
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return self._floats(x.shape, "rms_norm", x, weight, eps, x.numel() // x.shape[-1], x.shape[-1])
@@ -87,6 +100,10 @@ class Emulated:
         head = stdout.read(8)
         assert len(head) == 8, f"the emulated {name} ended with status {self._process.wait()}"
         return stdout.read(struct.unpack("<q", head)[0])
+
+
+def _matrix(matrix: Matrix) -> tuple[Tensor, int, int, int]:
+    return matrix.data, matrix.rows, matrix.cols, matrix.format.code
 
 
 def _message(argument: Tensor | bytes | int | float | None) -> bytes:

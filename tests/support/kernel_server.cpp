@@ -50,6 +50,46 @@ void reply(const void* data, int64_t bytes) {
 
 void reply(const std::vector<float>& out) { reply(out.data(), out.size() * sizeof(float)); }
 
+struct Matrix {
+    Array data;
+    iol_matrix w;
+
+    Matrix() : w{data.as<char>(), size(), 0, 0} { w.cols = size(), w.format = (int32_t)size(); }
+};
+
+// x, its tokens, how many matrices, and each of those. The results follow one another.
+void linear(iol_pool* pool) {
+    const Array x;
+    const int64_t n = size(), count = size();
+    const std::vector<Matrix> matrices(count);
+    std::vector<iol_matrix> w;
+    std::vector<int64_t> strides;
+    int64_t total = 0;
+    for (const Matrix& matrix : matrices) {
+        w.push_back(matrix.w);
+        strides.push_back(matrix.w.rows);
+        total += n * matrix.w.rows;
+    }
+    std::vector<float> out(total);
+    std::vector<float*> outs;
+    float* at = out.data();
+    for (const iol_matrix& matrix : w) {
+        outs.push_back(at);
+        at += n * matrix.rows;
+    }
+    iol_linear(pool, x.as<float>(), w[0].cols, n, count, w.data(), outs.data(), strides.data());
+    reply(out);
+}
+
+void gated(iol_pool* pool) {
+    const Array x;
+    const int64_t n = size();
+    const Matrix gate, up;
+    std::vector<float> out(n * gate.w.rows);
+    iol_gated(pool, x.as<float>(), gate.w.cols, n, &gate.w, &up.w, out.data(), gate.w.rows);
+    reply(out);
+}
+
 void attention(iol_pool* pool) {
     const Array q, k, v, blocks;
     iol_attention_args a{};
@@ -72,6 +112,10 @@ void call(const std::string& name, iol_pool*& pool) {
         iol_pool_destroy(pool);
         pool = iol_pool_create((int)threads);
         reply(&status, sizeof status);
+    } else if (name == "linear") {
+        linear(pool);
+    } else if (name == "gated") {
+        gated(pool);
     } else if (name == "rms_norm") {
         const Array x, w;
         const float eps = real();
