@@ -131,9 +131,9 @@ class GgufSource:
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.name = name or str(path)
         self.path, self.folder = path, path.parent
-        self._file = _open(path, gguf_metadata.MODEL)
+        self._file = open_gguf(path, gguf_metadata.MODEL)
         beside = embedders_beside(path)
-        self._embedders = None if beside is None else _open(beside, gguf_metadata.EMBEDDERS)
+        self._embedders = None if beside is None else open_gguf(beside, gguf_metadata.EMBEDDERS)
         self._stored = self._collect()
         self._vocab = self._vocabulary()
         self.config = self._config()
@@ -197,6 +197,12 @@ class GgufSource:
             return repack(raw, tensor.type, *tensor.shape)
         return from_gguf_layout(name, dequantize(raw, tensor.type, tensor.shape).bfloat16())
 
+    def sizes(self) -> Mapping[str, int]:
+        sizes: dict[str, int] = {}
+        for stored in self._stored.values():
+            sizes[stored.tensor.type] = sizes.get(stored.tensor.type, 0) + stored.tensor.nbytes
+        return sizes
+
     def release(self) -> None:
         """Lets go of the pages that were read so far."""
         for file in (self._file, *([self._embedders] if self._embedders else [])):
@@ -236,7 +242,7 @@ class GgufSource:
             file,
             prefix=gguf_metadata.MODEL,
             shares_kv=not any(values),
-            angles=self._rope_angles(),
+            angles=rope_angles(self._file, gguf_metadata.MODEL),
             vocab_size=self._shape(names.EMBEDDING)[0],
         )
         keys = gguf_metadata.Keys(metadata, "tokenizer.ggml", file)
@@ -295,16 +301,6 @@ class GgufSource:
         kind = self._stored[names.EMBEDDING].tensor.type
         return {"F32": "float32", "F16": "float16"}.get(kind, "bfloat16")
 
-    def _rope_angles(self) -> int:
-        tensor = self._file.tensors.get(ROPE)
-        if tensor is None or tensor.type != "F32" or len(tensor.shape) != 1:
-            raise CheckpointError(f"{self.path.name}: {ROPE} is missing, or no row of float32")
-        head = self._file.metadata.get("gemma4.attention.key_length")
-        if not isinstance(head, int) or head != 2 * tensor.shape[0]:
-            raise CheckpointError(f"{self.path.name}: {ROPE} has {tensor.shape[0]} values for heads of {head}")
-        freqs = np.frombuffer(self._file.raw(ROPE).numpy().tobytes(), "<f4")
-        return gguf_metadata.rope_angles(freqs, self.path.name)
-
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._stored or len(self._stored[name].tensor.shape) != 2:
             raise CheckpointError(f"{self.path.name}: {name} is missing, or no matrix")
@@ -332,7 +328,19 @@ class GgufSource:
                 )
 
 
-def _open(path: Path, architecture: str) -> GgufFile:
+def rope_angles(file: GgufFile, prefix: str) -> int:
+    """How many angles of a full head turn, from `rope_freqs`; CheckpointError for frequencies of another kind."""
+    tensor, name = file.tensors.get(ROPE), file.path.name
+    if tensor is None or tensor.type != "F32" or len(tensor.shape) != 1:
+        raise CheckpointError(f"{name}: {ROPE} is missing, or no row of float32")
+    head = file.metadata.get(f"{prefix}.attention.key_length")
+    if not isinstance(head, int) or head != 2 * tensor.shape[0]:
+        raise CheckpointError(f"{name}: {ROPE} has {tensor.shape[0]} values for heads of {head}")
+    return gguf_metadata.rope_angles(np.frombuffer(file.raw(ROPE).numpy().tobytes(), "<f4"), name)
+
+
+def open_gguf(path: Path, architecture: str) -> GgufFile:
+    """The file, if it holds this architecture; else a ConfigError that says what it holds."""
     file = GgufFile(path)
     found = file.metadata.get("general.architecture")
     if isinstance(found, str) and found == architecture:  # an array would compare element by element

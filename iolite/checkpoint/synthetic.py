@@ -112,6 +112,7 @@ _PUBLISHED_IDS = {
     **{"<|turn>": 105, "<turn|>": 106, "<|image>": 255_999, "<|audio>": 256_000, "<|image|>": 258_880},
     **{"<|audio|>": 258_881, "<image|>": 258_882, "<audio|>": 258_883, "<|video|>": 258_884},
 }
+_WORDS = ("user", "model", "system", "thought")  # what the template writes; all else is single characters
 _FIRST_BYTE = 238  # of the 256 byte tokens in the published vocabulary
 
 
@@ -165,6 +166,9 @@ class SyntheticSource:
         shapes = names.expected_shapes(self.config)
         found = {n: self.scheme and format_for(n, shape, self.scheme) for n, shape in shapes.items()}
         return {name: format for name, format in found.items() if format}
+
+    def sizes(self) -> Mapping[str, int]:
+        return {}  # nothing is stored
 
     def weight(self, name: str) -> Tensor | PackedMatrix:
         shape = names.expected_shapes(self.config)[name]
@@ -249,11 +253,14 @@ def synthetic_tokenizer(vocab_size: int) -> Tokenizer:
     if vocab_size < first + 256 + 100:
         raise UsageError(f"a vocabulary of {vocab_size} has no room for bytes and letters", "use at least 400")
     taken |= {first + byte: f"<0x{byte:02X}>" for byte in range(256)}
-    words = ["\n", "▁", "thought", "user", "model", "system", *(chr(code) for code in range(0x21, 0x7F))]
+    steps = [word[:end] for word in _WORDS for end in range(2, len(word) + 1)]
+    words = ["\n", "▁", *(chr(code) for code in range(0x21, 0x7F)), *steps]
     free = (i for i in range(first + 256, vocab_size) if i not in taken)
     taken |= dict(zip(free, words, strict=False))
     vocab = {taken.get(i, f"<unused{i}>"): i for i in range(vocab_size)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, [(step[:-1], step[-1]) for step in steps], byte_fallback=True, unk_token="<unk>")
+    )
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])

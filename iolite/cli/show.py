@@ -11,13 +11,16 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from iolite.cli.list import human_bytes
 from iolite.cli.terminal import put
 from iolite.config import ModelConfig, ProcessorConfig
+
+if TYPE_CHECKING:
+    from iolite.checkpoint.source import Source
 
 # What the C++ kernels are for, where they are missing.
 _LOST = "Packed weights are multiplied through torch: the same results, several times slower"
@@ -33,28 +36,36 @@ def command(model: str | None, as_json: bool, system: bool) -> None:
 
     With --system and no MODEL, only this machine is described.
     """
-    from iolite.checkpoint.folder import read_config
-    from iolite.checkpoint.hub import resolve
-
     report: dict[str, Any] = {}
     config = None
     if model is not None or not system:
         name = "nano" if model is None else model
-        folder = resolve(name)
-        config = read_config(folder)
-        report = describe(name, folder, config)
+        path, source = _find(name)
+        config = ModelConfig.from_folder(path) if source is None else source.config
+        report = describe(name, path, config, source)
     if system:
         report["system"] = describe_system(config)
     put(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else _text(report))
 
 
-def describe(name: str, folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """Everything that config.json, processor_config.json and the file headers say, for JSON."""
+def _find(name: str) -> tuple[Path, Source | None]:
+    """Where a model is, and its files' headers; None of those while its weights are not on this machine."""
+    from iolite.checkpoint.hub import is_complete, resolve
+    from iolite.checkpoint.source import open_source
+
+    path = resolve(name)
+    return path, open_source(name) if path.is_file() or is_complete(path) else None
+
+
+def describe(name: str, path: Path, config: ModelConfig, source: Source | None) -> dict[str, Any]:
+    """Everything that the config, the processor's settings and the files' headers say, for JSON."""
+    files = source.files if source and path.is_file() else [p for p in sorted(path.iterdir()) if p.is_file()]
+    processor = source.processor() if source else ProcessorConfig.from_folder(path, config)
     text = config.text
     full = sum(text.is_full(layer) for layer in range(text.num_hidden_layers))
     return {
         "model": name,
-        "path": str(folder),
+        "path": str(path),
         "architecture": "gemma4_unified",
         "modalities": list(config.modalities),
         "context": text.max_position_embeddings,
@@ -74,10 +85,10 @@ def describe(name: str, folder: Path, config: ModelConfig) -> dict[str, Any]:
             "vocabulary": text.vocab_size,
             "tied_head": config.tie_word_embeddings,
         },
-        "media": _media(config, ProcessorConfig.from_folder(folder, config)),
-        "weights": _weights(folder, config),
+        "media": _media(config, processor),
+        "weights": _weights(config, source),
         "kv_cache": kv_cache(config),
-        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
+        "files": {p.name: p.stat().st_size for p in files},
     }
 
 
@@ -184,20 +195,23 @@ def _media(config: ModelConfig, processor: ProcessorConfig) -> dict[str, Any]:
     return media
 
 
-def _weights(folder: Path, config: ModelConfig) -> dict[str, Any]:
+def _weights(config: ModelConfig, source: Source | None) -> dict[str, Any]:
     """What is stored, checked against the config; without weight files, what would be."""
-    from iolite.checkpoint.folder import check_weights, open_weights
-    from iolite.checkpoint.hub import is_complete
     from iolite.checkpoint.names import expected_shapes
 
-    if not is_complete(folder):
-        values = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    shapes = expected_shapes(config)
+    if source is None:
+        values = sum(math.prod(shape) for shape in shapes.values())
         return {"here": False, "dtype": config.dtype, "bytes": values * _VALUE_BYTES.get(config.dtype, 2)}
-    stored = open_weights(folder)
-    check_weights(config, stored)
-    formats = sorted({item.dtype for item in stored.values()})
-    size = sum(item.nbytes for item in stored.values())
-    return {"here": True, "dtype": "+".join(formats), "tensors": len(stored), "bytes": size}
+    sizes = source.sizes()
+    return {
+        "here": True,
+        "dtype": "+".join(sorted(sizes)),
+        "scheme": source.scheme,
+        "tensors": len(shapes),
+        "bytes": sum(sizes.values()),
+        "bytes_by_dtype": dict(sizes),
+    }
 
 
 def _text(report: Mapping[str, Any]) -> str:

@@ -147,7 +147,7 @@ def likeliest(network: Unified, ids: Tensor, cache: KVCache) -> list[int]:
 
 def new_cache(model: Model, room: int) -> KVCache:
     """A cache as generation makes it."""
-    return KVCache(model.config.text, room)
+    return KVCache(model.config.text, room, model.kv_dtype)
 
 
 @torch.inference_mode()

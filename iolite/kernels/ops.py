@@ -53,11 +53,13 @@ def _packed(x: Tensor) -> ModuleType | None:
     """The module whose kernels multiply x with packed matrices, None for the reference."""
     if _on_cpu(x):
         return cpu
-    if _allowed and x.device.type == "cuda":
-        from iolite.kernels import triton
+    return _triton() if _allowed and x.device.type == "cuda" else None
 
-        return triton if triton.available() else None
-    return None
+
+def _triton() -> ModuleType | None:
+    from iolite.kernels import triton
+
+    return triton if triton.available() else None
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -84,6 +86,11 @@ def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> 
             q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
             window=window or 0, blocks=blocks,
         )  # fmt: skip
+    if _allowed and q.device.type == "cuda" and blocks is None and q.shape[0] <= 8 and (gpu := _triton()):
+        return gpu.attention(
+            q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
+            window=window or 0,
+        )  # fmt: skip
     return reference.attend(q, keys, window, blocks)
 
 
@@ -103,13 +110,10 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def embed(matrix: Matrix, ids: Tensor) -> Tensor:
-    if (
-        _allowed
-        and ids.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and cpu.load() is not None
-    ):
+    if _allowed and ids.device.type == "cpu" and not torch.compiler.is_compiling() and cpu.load() is not None:
         return cpu.embed(matrix, ids)
+    if _allowed and ids.device.type == "cuda" and (gpu := _triton()):
+        return gpu.embed(matrix, ids)
     return reference.embed(matrix, ids)
 
 

@@ -24,8 +24,8 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of ids, times sqrt(M) rounded to their dtype as the reference does (62.0 in bf16)."""
-        x = self.embed_tokens(ids)
-        return x * x.new_tensor(self.config.hidden_size**0.5)
+        x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # rows of a packed table come as float32
+        return x * x.new_full((), self.config.hidden_size**0.5)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [N, M], already scaled, with soft tokens in place -> hidden states [N, M] after the final norm."""

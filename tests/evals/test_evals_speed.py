@@ -27,7 +27,9 @@ def tiny(load_tiny):
     def make(name: str) -> SimpleNamespace:
         network = load_tiny(name)
         config = network.config
-        return SimpleNamespace(network=network, config=config, choice=choose("cpu", "float32"), context=4096)
+        return SimpleNamespace(
+            network=network, config=config, choice=choose("cpu", "float32"), context=4096, kv_dtype=None
+        )
 
     return make
 
