@@ -13,8 +13,10 @@ from pathlib import Path
 from torch import Tensor
 
 from iolite.checkpoint import gguf_metadata
+from iolite.checkpoint.gguf_blocks import dequantize
 from iolite.checkpoint.gguf_export import KINDS, Planned, Progress, fitting_kind, general_metadata, write_file
-from iolite.checkpoint.gguf_names import drafter_to_gguf
+from iolite.checkpoint.gguf_names import ROPE, drafter_from_gguf, drafter_to_gguf
+from iolite.checkpoint.gguf_source import open_gguf, rope_angles
 from iolite.checkpoint.safetensors import SafetensorsFile
 from iolite.config import ModelConfig, TextConfig, read_json
 from iolite.errors import CheckpointError, ConfigError
@@ -104,13 +106,53 @@ def open_drafter(folder: Path, tokenizer: Tokenizer | None = None) -> Drafter:
     return Drafter(folder.name, text, backbone, tokenizer, tuple(ids), shapes, file.tensor)
 
 
+def open_gguf_drafter(path: Path) -> Drafter:
+    """The drafter in a GGUF file; `weight` decodes a tensor. Raises CheckpointError for anything else."""
+    prefix, file = gguf_metadata.DRAFTER, open_gguf(path, gguf_metadata.DRAFTER)
+    tensors = {drafter_from_gguf(name): tensor for name, tensor in file.tensors.items() if name != ROPE}
+    keys = gguf_metadata.Keys(file.metadata, prefix, path.name)
+    layers, backbone = keys.get("block_count", int), keys.get("embedding_length_out", int)
+    table = tensors.get("model.embed_tokens.weight")
+    text_json = gguf_metadata.read_text_config(
+        file.metadata,
+        path.name,
+        prefix=prefix,
+        shares_kv=True,
+        angles=rope_angles(file, prefix),
+        vocab_size=table.shape[0] if table and table.shape else 0,
+        more={"attention.shared_kv_layers": layers, "nextn_predict_layers": layers, "embedding_length_out": backbone},
+    )
+    text = ModelConfig.from_hf({"model_type": "gemma4_unified", "text_config": text_json}).text
+    shapes = drafter_shapes(text, backbone)
+    for name in shapes.keys() ^ tensors.keys():
+        raise CheckpointError(f"{path.name}: tensor {name} is missing, or not a part of a drafter")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{path.name}: {name} has the shape {list(tensors[name].shape)}, not {list(shape)}")
+
+    def weight(name: str) -> Tensor:
+        tensor = tensors[name]
+        return dequantize(file.raw(tensor.name), tensor.type, tensor.shape)
+
+    suppressed = file.metadata.get("tokenizer.ggml.suppress_tokens", ())
+    return Drafter(
+        path.stem,
+        text,
+        backbone,
+        gguf_metadata.read_tokenizer(file.metadata, path.name),
+        tuple(int(i) for i in suppressed),
+        shapes,
+        weight,
+    )
+
+
 def write_drafter(path: Path, drafter: Drafter, to: str, progress: Progress | None = None) -> None:
     """A drafter as a GGUF file."""
     text, kind = drafter.text, KINDS[to]
     plan = [
         Planned(name, theirs, shape, "F32" if len(shape) == 1 else fitting_kind(kind, shape[-1]))
         for name, shape in drafter.shapes.items()
-        if (theirs := drafter_to_gguf(name)) is not None
+        if (theirs := drafter_to_gguf(name))
     ]
     metadata = {
         **general_metadata(gguf_metadata.DRAFTER, "model", drafter.name, kind, plan),

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -115,9 +116,17 @@ class Keys:
 
 
 def read_text_config(
-    metadata: Mapping[str, Any], file: str, *, prefix: str, shares_kv: bool, angles: int, vocab_size: int
+    metadata: Mapping[str, Any],
+    file: str,
+    *,
+    prefix: str,
+    shares_kv: bool,
+    angles: int,
+    vocab_size: int,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """`text_config` as in config.json. angles: how many of a full head's angle pairs turn."""
+    """`text_config` as in config.json. angles: how many of a full head's angle pairs turn. more: keys that this
+    architecture has and a model's has not, or with another value than 0."""
     keys = Keys(metadata, prefix, file)
     layers = keys.get("block_count", int)
     pattern = keys.get("attention.sliding_window_pattern", np.ndarray)
@@ -154,7 +163,7 @@ def read_text_config(
         "final_logit_softcapping": cap or None,
         "max_position_embeddings": keys.get("context_length", int),
     }
-    _refuse_others(keys)
+    _refuse_others(keys, more)
     return text
 
 
@@ -176,13 +185,14 @@ def _rotary_factor(angles: int, head_dim: int) -> float:
     return factor if int(factor * head_dim // 2) == angles else math.nextafter(factor, 2.0)
 
 
-def _refuse_others(keys: Keys) -> None:
-    for key, allowed in _FIXED.items():
+def _refuse_others(keys: Keys, more: Mapping[str, Any]) -> None:
+    fixed = _FIXED | {key: (value,) for key, value in more.items()}
+    for key, allowed in fixed.items():
         value = keys.metadata.get(f"{keys.prefix}.{key}", allowed[0])
         values = value.tolist() if isinstance(value, np.ndarray) else [value]
         if any(v not in allowed for v in values):
             raise ConfigError(f"{keys.file}: {keys.prefix}.{key} = {value!r} is not supported (needs {allowed[0]!r})")
-    keys.used |= _FIXED.keys() | _IGNORED
+    keys.used |= fixed.keys() | _IGNORED
     for key in keys.unknown():
         raise ConfigError(
             f"{keys.file}: the key {key} is not known", "this version of iolite might compute something else"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from iolite.checkpoint.folder import save_folder
+from iolite.checkpoint.gguf_drafter import MODEL_TYPE, drafter_shapes
 from iolite.checkpoint.hub import nano_folder
+from iolite.checkpoint.safetensors import save_safetensors
 from iolite.config import FULL, SLIDING, ModelConfig, ProcessorConfig, RopeConfig, TextConfig
 from iolite.model.unified import Unified
 from support.tiny import randomise
@@ -27,6 +31,14 @@ SIZES = {
         "layer_types": (FULL, SLIDING, FULL, FULL),
         "num_hidden_layers": 4,
     },
+}
+
+DRAFTER = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "layer_types": (SLIDING, SLIDING, SLIDING, FULL),
+    "final_logit_softcapping": None,
 }
 
 
@@ -50,4 +62,27 @@ def save_tiny(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, tied
     model = Unified(config)
     randomise(model, seed=3)
     save_folder(folder, model.to(dtype), config, processor=ProcessorConfig.from_folder(nano, config), base=nano)
+    return folder
+
+
+def save_tiny_drafter(folder: Path) -> Path:
+    """Writes the folder of a tiny random drafter for the model "published", and returns it."""
+    text, width = dataclasses.replace(tiny_text("published"), **DRAFTER), tiny_text("published").hidden_size
+    rng = torch.Generator().manual_seed(5)
+    shapes = drafter_shapes(text, width)
+    tensors = {name: torch.randn(shape, generator=rng).bfloat16() for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    model = dataclasses.replace(ModelConfig.from_folder(nano_folder()), text=text, vision=None, audio=None)
+    config = model.to_hf() | {
+        "architectures": ["Gemma4UnifiedAssistantForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "backbone_hidden_size": width,
+        "use_ordered_embeddings": False,
+    }
+    config["text_config"] |= {"num_kv_shared_layers": text.num_hidden_layers}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(nano_folder() / name, folder / name)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1, "suppress_tokens": [21, 22]}', encoding="utf-8")
     return folder
