@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.compressed import change_config, change_tensors
 from support.folder import random_folder
 
 import iolite
@@ -66,10 +68,9 @@ def test_dtype_and_context_are_obeyed(folder):
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ({"quantize": "int8"}, "quantize"),
+        ({"quantize": "int3"}, "int3"),
         ({"drafter": "auto"}, "drafter"),
         ({"kv": "int8"}, "kv"),
-        ({"kv": "bf16"}, "kv"),
         ({"kv": "fp4"}, "kv"),
         ({"context": 1}, "context"),
         ({"context": 5000}, "context"),
@@ -87,7 +88,7 @@ def test_what_is_not_available_is_refused_by_name(folder, setting, named):
     [
         ({"image_token_id": 400}, r"<\|image\|> is token 400"),
         ({"text_config": {"bos_token_id": 500_000}}, "<bos> is token 500000"),
-        ({"text_config": {"vocab_size": 455}}, "but config.json has 455"),
+        ({"text_config": {"vocab_size": 455}}, r"has the shape \[456, 192\], but config.json makes it \[455, 192\]"),
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, config, named):
@@ -97,6 +98,46 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path, config, named
     (other / "config.json").write_text(json.dumps(data | config))
     with pytest.raises(CheckpointError, match=named):
         iolite.load(other)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(folder, tmp_path):
+    other, name = shutil.copytree(folder, tmp_path / "other"), "model.language_model.embed_tokens.weight"
+    change_config(other, lambda config: config["text_config"].update(vocab_size=455))
+    change_tensors(other, lambda tensors: tensors.update({name: tensors[name][:455].clone()}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has 456 tokens, but config\.json has 455"):
+        iolite.load(other)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_packed_weights_compute_in_float32_and_keep_bfloat16(folder, scheme):
+    model = iolite.load(folder, quantize=scheme, device="cpu")
+    assert model.scheme == scheme
+    assert model.choice.reason == f"{scheme} weights on the CPU, computing in float32"
+    assert model.kv_dtype == torch.bfloat16
+    assert iolite.load(folder, quantize=scheme, kv="float32", device="cpu").kv_dtype == torch.float32
+    assert iolite.load(folder, device="cpu").kv_dtype is None
+    with pytest.raises(UsageError, match="not in bfloat16"):
+        iolite.load(folder, quantize=scheme, dtype="bfloat16", device="cpu")
+
+
+def test_loading_tells_how_far_it_is(folder):
+    steps = []
+    model = iolite.load(folder, quantize="int4", progress=lambda *step: steps.append(step))
+    count = len(model.network.state_dict())
+    assert [(done, of) for done, of, _ in steps] == [(i, count) for i in range(count)]
+    assert steps[0][2] == "packing language_model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_the_embedded_model_still_sees_when_it_is_packed(scheme):
+    model = iolite.load("nano", quantize=scheme)
+    demo = Path(__file__).parents[2] / "docs" / "demo"
+    for picture, question, answer in (
+        ("number.png", "What number is this?", "47"),
+        ("shape.png", "What colour is the shape?", "blue"),
+    ):
+        parts = [{"type": "image", "image": str(demo / picture)}, {"type": "text", "text": question}]
+        assert model.chat([{"role": "user", "content": parts}], temperature=0).text == answer
 
 
 def test_a_model_that_is_not_here_is_an_error_with_a_hint():
