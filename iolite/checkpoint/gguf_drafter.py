@@ -36,7 +36,6 @@ class Drafter:
     text: TextConfig
     backbone_hidden_size: int
     tokenizer: Tokenizer
-    suppress_tokens: tuple[int, ...]
     shapes: Mapping[str, tuple[int, ...]]
     weight: Callable[[str], Tensor]
 
@@ -99,11 +98,7 @@ def open_drafter(folder: Path, tokenizer: Tokenizer | None = None) -> Drafter:
         raise CheckpointError(f"{folder}: tensor {extra[0]} is not a part of a drafter")
     if tokenizer is None or (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_folder(folder)
-    suppressed = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    ids = suppressed.get("suppress_tokens") or []
-    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-        raise ConfigError(f"generation_config.json: suppress_tokens must be a list of token ids, not {ids!r}")
-    return Drafter(folder.name, text, backbone, tokenizer, tuple(ids), shapes, file.tensor)
+    return Drafter(folder.name, text, backbone, tokenizer, shapes, file.tensor)
 
 
 def open_gguf_drafter(path: Path) -> Drafter:
@@ -134,13 +129,11 @@ def open_gguf_drafter(path: Path) -> Drafter:
         tensor = tensors[name]
         return dequantize(file.raw(tensor.name), tensor.type, tensor.shape)
 
-    suppressed = file.metadata.get("tokenizer.ggml.suppress_tokens", ())
     return Drafter(
         path.stem,
         text,
         backbone,
         gguf_metadata.read_tokenizer(file.metadata, path.name),
-        tuple(int(i) for i in suppressed),
         shapes,
         weight,
     )
@@ -154,12 +147,17 @@ def write_drafter(path: Path, drafter: Drafter, to: str, progress: Progress | No
         for name, shape in drafter.shapes.items()
         if (theirs := drafter_to_gguf(name))
     ]
+    own = {
+        "attention.shared_kv_layers": text.num_hidden_layers,
+        "embedding_length_out": drafter.backbone_hidden_size,
+        "nextn_predict_layers": text.num_hidden_layers,
+    }
     metadata = {
         **general_metadata(gguf_metadata.DRAFTER, "model", drafter.name, kind, plan),
         **gguf_metadata.text_metadata(text, gguf_metadata.DRAFTER),
-        f"{gguf_metadata.DRAFTER}.attention.shared_kv_layers": text.num_hidden_layers,
-        f"{gguf_metadata.DRAFTER}.embedding_length_out": drafter.backbone_hidden_size,
-        f"{gguf_metadata.DRAFTER}.nextn_predict_layers": text.num_hidden_layers,
-        **gguf_metadata.tokenizer_metadata(drafter.tokenizer, text, drafter.suppress_tokens, None),
+        **{f"{gguf_metadata.DRAFTER}.{key}": value for key, value in own.items()},
+        **gguf_metadata.tokenizer_metadata(drafter.tokenizer, text, None, None),
     }
+    if text.final_logit_softcapping is None:  # a model's file must say so, a drafter's need not
+        del metadata[f"{gguf_metadata.DRAFTER}.final_logit_softcapping"]
     write_file(path, metadata, plan, drafter.weight, text, progress)

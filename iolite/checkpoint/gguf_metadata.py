@@ -379,9 +379,9 @@ def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], added: list[A
 
 
 def tokenizer_metadata(
-    tokenizer: Tokenizer, text: TextConfig, suppress_tokens: Sequence[int], template: str | None
+    tokenizer: Tokenizer, text: TextConfig, suppress_tokens: Sequence[int] | None, template: str | None
 ) -> dict[str, Any]:
-    """The keys of the tokenizer, its template and the tokens that are never drawn.
+    """The keys of the tokenizer, its template and the tokens that are never drawn (None: left open).
 
     Ids up to the config's vocabulary that no token has become unused ones: llama.cpp wants as many tokens as the
     table has rows.
@@ -399,8 +399,9 @@ def tokenizer_metadata(
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "padding_token_id": text.pad_token_id,
-        "suppress_tokens": np.asarray(suppress_tokens, np.int32),
     }
+    if suppress_tokens is not None:
+        values["suppress_tokens"] = np.asarray(suppress_tokens, np.int32)
     for key, token in (("unknown", "<unk>"), ("mask", "<mask>")):
         found = tokenizer.token_id(token)
         if found is not None:

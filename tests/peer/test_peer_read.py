@@ -10,11 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.gguf_model import save_tiny_drafter
 
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.convert import Beside, to_gguf
 from iolite.checkpoint.folder import open_weights, read_config
 from iolite.checkpoint.gguf import GgufFile
+from iolite.checkpoint.gguf_drafter import open_drafter, open_gguf_drafter, write_drafter
 from iolite.checkpoint.gguf_metadata import read_tokenizer
 from iolite.checkpoint.gguf_source import GgufSource
 from iolite.checkpoint.packing import read_weights
@@ -139,3 +141,16 @@ def test_the_published_vocabulary(llama_sources: Path) -> None:
         assert tokenizer.encode(text) == [int(i) for i in ids.split()], text
     assert tokenizer.encode("<bos><|turn>user") == [2, 105, 2364]
     assert tokenizer.vocab_size == 262_144
+
+
+@pytest.mark.slow
+def test_the_converters_drafter_is_ours(llama_sources: Path, tmp_path: Path) -> None:
+    folder = save_tiny_drafter(tmp_path / "drafter")
+    theirs = GgufFile(converted(llama_sources, folder, tmp_path / "theirs.gguf", "--outtype", "bf16"))
+    write_drafter(tmp_path / "ours.gguf", open_drafter(folder), "bf16")
+    ours = GgufFile(tmp_path / "ours.gguf")
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in ours.tensors:
+        assert torch.equal(ours.raw(name), theirs.raw(name)), name
+    assert differing(ours, theirs) == {"general.name"}
+    assert open_gguf_drafter(theirs.path).text == open_drafter(folder).text

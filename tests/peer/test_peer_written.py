@@ -8,10 +8,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from support.gguf_model import save_tiny
+from support.gguf_model import save_tiny, save_tiny_drafter
 
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.convert import Beside, to_gguf
+from iolite.checkpoint.gguf_drafter import open_drafter, write_drafter
 from iolite.checkpoint.gguf_source import GgufSource
 from iolite.checkpoint.hub import nano_folder
 from iolite.checkpoint.packing import read_weights
@@ -148,3 +149,13 @@ def test_sound(llama: ModuleType, nano: Path, network: Unified) -> None:
         theirs = peer.soft_tokens(nano.with_name("mmproj-nano.gguf"), samples)
     assert theirs.shape == ours.shape
     assert llama.distance(theirs, ours) <= 1e-4 * ours.square().mean().sqrt()
+
+
+def test_a_drafter_loads(llama: ModuleType, tmp_path: Path) -> None:
+    """Keys and tensors are what llama.cpp's loader asks for. What a drafter computes needs its model's cache."""
+    drafter = open_drafter(save_tiny_drafter(tmp_path / "drafter"))
+    for to in ("bf16", "q8_0", "q4_0"):
+        write_drafter(tmp_path / "mtp.gguf", drafter, to)
+        with llama.Llama(tmp_path / "mtp.gguf") as peer:
+            assert peer.size == drafter.text.vocab_size
+            assert peer.encode("Hello") == drafter.tokenizer.encode("Hello")
