@@ -105,8 +105,8 @@ IOL_INLINE __m256i high_nibbles(__m256i w) { return low_nibbles(_mm256_srli_epi1
 IOL_INLINE __m256i broadcast(const int8_t* x) { return _mm256_set1_epi32(four_bytes(x)); }
 IOL_INLINE vi pairs(__m256i sums) { return (vi)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
-// Left to itself, the compiler keeps the broadcast activations of a whole block for the next rows, in memory for want of
-// registers, and re-orders sums so that all their terms are alive at once.
+// Left to itself, the compiler keeps the broadcast activations of a whole block for the next rows, in memory for want
+// of registers, and re-orders sums so that all their terms are alive at once.
 IOL_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 IOL_INLINE void keep_order(__m256i& sum) { asm volatile("" : "+x"(sum)); }
 
@@ -166,6 +166,7 @@ IOL_INLINE vi round(vf v) { return (vi)vcvtnq_s32_f32((float32x4_t)v); }
 template <int T>
 IOL_INLINE void add_bytes(const int8x16_t* w, const int8_t* x, vi* acc) {
     IOL_UNROLL for (int t = 0; t < T; t++) {
+        asm volatile("" ::: "memory");  // x is read again for the next rows, and not kept in memory for want of registers
         const int8x16_t low = vld1q_s8(x + 32 * t), high = vld1q_s8(x + 32 * t + 16);
         int32x4_t a = (int32x4_t)acc[t], b = vdupq_n_s32(0);
         a = vdotq_laneq_s32(a, w[0], low, 0);
@@ -275,7 +276,8 @@ IOL_INLINE void dot8(const uint8_t* w, int g, const int8_t* x, const int32_t*, v
     for (int t = 0; t < T; t++) acc[t] = vi{};
     for (int v = 0; v < 8; v += 2) {
         const uint8_t* p = w + 64 * v + 4 * W * g;
-        const vs a = __builtin_convertvector((vsb)bytes_at(p), vs), b = __builtin_convertvector((vsb)bytes_at(p + 64), vs);
+        const vs a = __builtin_convertvector((vsb)bytes_at(p), vs);
+        const vs b = __builtin_convertvector((vsb)bytes_at(p + 64), vs);
         for (int t = 0; t < T; t++) {
             const int8_t* xs = x + 32 * t + 4 * v;
             acc[t] += by_row(a * broadcast(xs) + b * broadcast(xs + 4));

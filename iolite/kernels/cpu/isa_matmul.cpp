@@ -1,8 +1,8 @@
 // Products of activations with packed weights.
 //
-// Few tokens (up to kFew) are bound by memory: sixteen rows are one stream through it, unpacked in registers, where they
-// meet up to eight tokens at a time; with more tokens they are gone through again, by then in the cache. Many tokens are
-// bound by arithmetic: -> panel.h.
+// Few tokens (up to kFew) are bound by memory: sixteen rows are one stream through it, unpacked in registers, where
+// they meet up to eight tokens at a time; with more tokens they are gone through again, by then in the cache. Many
+// tokens are bound by arithmetic: -> panel.h.
 #include "blocks.h"
 #include "gelu.h"
 #include "kernels.h"
@@ -15,6 +15,9 @@ constexpr int64_t kFew = 24;
 
 // What a thread claims of the weights at a time: much against the cost of claiming, little against a thread's share.
 constexpr int64_t kChunkBytes = 128 << 10;
+
+// Of products with many tokens, in multiply-adds: some 10 µs.
+constexpr int64_t kChunkProducts = 1 << 21;
 
 // Tokens whose sums of 64 rows, and of another 64 of a gated pair, stay in the second-level cache.
 constexpr int64_t kPass = 384;
@@ -111,8 +114,9 @@ void multiply(iol_pool* pool, const Product* products, int64_t count, const Prod
         units += ceil_div(products[i].row_tiles(), tiles);
         bytes += products[i].row_tiles() * products[i].row_bytes * (up ? 2 : 1);
     }
-    const int64_t chunk = many ? 1 : max((int64_t)1, kChunkBytes * units / max(bytes, (int64_t)1));
-    share(pool, units, chunk, [&](int64_t begin, int64_t end) {
+    const int64_t chunk =
+        many ? kChunkProducts / (kPanelRows * a.cols * a.n) : kChunkBytes * units / max(bytes, (int64_t)1);
+    share(pool, units, max((int64_t)1, chunk), [&](int64_t begin, int64_t end) {
         const Product* p = products;
         for (int64_t unit = begin, before = 0; unit < end; unit++) {
             // Units are counted through all products.
