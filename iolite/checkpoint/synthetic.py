@@ -233,6 +233,8 @@ def random_floats(name: str, shape: tuple[int, ...], generator: torch.Generator)
     """bfloat16: ones for norms and scalars, zeros for biases, and normal numbers that keep outputs at about 1."""
     if name.endswith(".bias"):
         return torch.zeros(shape, dtype=torch.bfloat16)
+    if name.endswith("q_norm.weight"):  # scores of about 1: with larger ones every token looks at one other only
+        return torch.full(shape, shape[0] ** -0.5, dtype=torch.bfloat16)
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     out = torch.empty(shape, dtype=torch.bfloat16)

@@ -70,12 +70,13 @@ def test_the_difference_is_the_rounding_of_activations(
         monkeypatch.setattr(reference, "linear", rounded_linear)
         rounded = logits(network, ids, chunk)
     size = exact.square().mean().sqrt()
-    error, rest = ((ours - other).square().mean().sqrt() / size for other in (exact, rounded))
+    error, explained = ((other - exact).square().mean().sqrt() / size for other in (ours, rounded))
     products = 4 * network.config.text.num_hidden_layers + 1  # in sequence: q or k or v, o, gate or up, down; the head
     assert error <= 2 * DELTA * math.sqrt(products)
     assert error >= DELTA / 4  # it is there: the kernels were really used
-    # What float32 leaves over. Now and then it tips one activation over to the next integer, by a step of its own.
-    assert rest <= error / 4
+    # And it is of the size that rounding alone gives. (Not the same numbers: where float32 tips one activation over to
+    # the next integer, all that comes later is rounded otherwise. Single products are compared exactly elsewhere.)
+    assert explained / 2 <= error <= 2 * explained
 
 
 @needs_library
