@@ -151,18 +151,26 @@ class GgufSource:
         """int4 or int8, after what most bytes of the decoder's matrices are packed in; None when none is packed."""
         sizes = {"int4": 0, "int8": 0}
         for name, format in self.packed_formats().items():
-            sizes["int8" if format.name == "int8" else "int4"] += self._stored[name].tensor.nbytes
+            if (tensor := self._stored[name].tensor).type not in _FLOATS:
+                sizes["int8" if format.name == "int8" else "int4"] += tensor.nbytes
         return max(sizes, key=lambda scheme: sizes[scheme]) if any(sizes.values()) else None
 
     def packed_formats(self) -> dict[str, Format]:
         """The tensors that `weight` gives packed, by our names, with their formats."""
         from iolite.checkpoint.gguf_blocks import PACKED
+        from iolite.quant.formats import INT8
 
+        if not self._is_quantised:
+            return {}
         return {
-            name: PACKED[stored.tensor.type]
+            name: PACKED.get(stored.tensor.type, INT8)
             for name, stored in self._stored.items()
-            if stored.tensor.type not in _FLOATS and _can_pack(name, stored.tensor.shape)
+            if _can_pack(name, stored.tensor.shape)
         }
+
+    @cached_property
+    def _is_quantised(self) -> bool:
+        return any(s.tensor.type not in _FLOATS and _can_pack(n, s.tensor.shape) for n, s in self._stored.items())
 
     def tokenizer(self) -> Tokenizer:
         return gguf_metadata.read_tokenizer(self._file.metadata, self.path.name)
@@ -185,15 +193,21 @@ class GgufSource:
         return list(names.expected_shapes(self.config))
 
     def weight(self, name: str) -> torch.Tensor | PackedMatrix:
-        """One tensor by our name: a packed matrix for the decoder's quantised matrices, else floats, mapped where they
-        lie as they are."""
+        """One tensor by our name, mapped where it lies in the file as it is here.
+
+        Quantised matrices of the decoder come packed; so do, in 8 bits, the float ones that a quantised file may have
+        among them. The embedders' quantised matrices come as bfloat16.
+        """
         from iolite.checkpoint.gguf_blocks import dequantize, repack
+        from iolite.quant.formats import INT8
+        from iolite.quant.schemes import quantise_named
 
         stored = self._stored[name]
-        raw, tensor = stored.file.raw(stored.tensor.name), stored.tensor
+        raw, tensor, packs = stored.file.raw(stored.tensor.name), stored.tensor, _can_pack(name, stored.tensor.shape)
         if tensor.type in _FLOATS:
-            return from_gguf_layout(name, _view(raw, tensor.type, tensor.shape))
-        if _can_pack(name, tensor.shape):
+            floats = from_gguf_layout(name, _view(raw, tensor.type, tensor.shape))
+            return quantise_named(name, floats, INT8) if packs and self._is_quantised else floats
+        if packs:
             return repack(raw, tensor.type, *tensor.shape)
         return from_gguf_layout(name, dequantize(raw, tensor.type, tensor.shape).bfloat16())
 

@@ -24,7 +24,7 @@ from iolite.checkpoint.hub import nano_folder, resolve
 from iolite.checkpoint.source import open_source
 from iolite.config import GenerationConfig, ProcessorConfig
 from iolite.errors import CheckpointError, ConfigError, UsageError
-from iolite.quant.formats import INT4, PackedMatrix, decode, encode
+from iolite.quant.formats import INT4, INT8, PackedMatrix, decode, encode, quantise
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
 
@@ -164,6 +164,22 @@ def test_packed_weights_are_only_reordered(folder, tmp_path):
     for name, tensor in first.tensors.items():
         assert second.tensors[name].type == tensor.type
         assert torch.equal(first.raw(name), second.raw(name)), name
+
+
+def test_float_matrices_of_a_quantised_file(folder, tmp_path):
+    """Files of more quality leave some matrices in floats; beside packed ones they are packed in 8 bits."""
+    to_gguf(folder, tmp_path / "a.gguf", "q4_0")
+    file, floats = GgufFile(tmp_path / "a.gguf"), "blk.0.ffn_up.weight"
+    original = open_weights(folder)[gguf_names.from_gguf(floats)].tensor()
+    tensors = [(t.name, t.shape, "F16" if t.name == floats else t.type) for t in file.tensors.values()]
+    with create_gguf(tmp_path / "b.gguf", file.metadata, tensors) as writer:
+        for name, _, _ in tensors:
+            writer.write(name, original.half().view(torch.uint8) if name == floats else file.raw(name))
+    source = GgufSource(tmp_path / "b.gguf")
+    assert source.scheme == "int4"
+    weight = read(tmp_path / "b.gguf")[gguf_names.from_gguf(floats)]
+    assert weight.format == INT8 == source.packed_formats()[gguf_names.from_gguf(floats)]
+    assert torch.equal(weight.to_float(), quantise(original.half(), INT8).to_float())
 
 
 def test_weights_of_quantisation_aware_training_keep_their_lattice(folder, tmp_path):
