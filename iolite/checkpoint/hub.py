@@ -68,7 +68,10 @@ def resolve(name: str) -> Path:
         raise DownloadError(f"there is no model {name[:200]!r}", f"use nano, a folder, or an id such as {_EXAMPLE}")
     snapshot = cached(repository)
     if snapshot is None:
-        raise DownloadError(f"{name} is not on this machine", f"fetch it: iolite pull {name}")
+        fetch = f"iolite pull {name}"
+        if repository != name:
+            fetch = f'hf download {repository} --include "*{quant}*.gguf" --include "mmproj*"'
+        raise DownloadError(f"{name} is not on this machine", f"fetch it: {fetch}")
     if repository != name or _has_only_gguf(snapshot):
         return _in_folder(snapshot, quant if repository != name else None, repository)
     if not is_complete(snapshot):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from support.gguf_model import save_tiny
 
 from iolite.checkpoint import convert, gguf_names, names, packing
@@ -23,7 +24,7 @@ from iolite.checkpoint.gguf_source import GgufSource, choose_file, embedders_bes
 from iolite.checkpoint.hub import nano_folder, resolve
 from iolite.checkpoint.source import open_source
 from iolite.config import GenerationConfig, ProcessorConfig
-from iolite.errors import CheckpointError, ConfigError, UsageError
+from iolite.errors import CheckpointError, ConfigError, DownloadError, UsageError
 from iolite.quant.formats import INT4, INT8, PackedMatrix, decode, encode, quantise
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
@@ -351,6 +352,19 @@ def test_a_quantisation_that_is_not_there(repository, quant):
 def test_several_files_and_no_choice(repository):
     with pytest.raises(CheckpointError, match="has 5 GGUF files"):
         resolve(str(repository))
+
+
+def test_a_file_of_an_id_in_the_cache(repository, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--Owner--Some-GGUF" / "snapshots" / "c0ffee"
+    shutil.copytree(repository, snapshot)
+    assert resolve("owner/some-gguf:q4_k_m") == snapshot / FILES[1]
+    with pytest.raises(CheckpointError, match="owner/some-gguf has 5 GGUF files"):
+        resolve("owner/some-gguf")
+    with pytest.raises(DownloadError) as caught:
+        resolve("owner/other:Q4_0")
+    assert caught.value.hint == 'fetch it: hf download owner/other --include "*Q4_0*.gguf" --include "mmproj*"'
 
 
 def test_the_only_file_needs_no_choice(tmp_path):
