@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,12 +20,15 @@ from iolite.checkpoint import names, packed_folder
 from iolite.checkpoint.folder import Stored
 from iolite.checkpoint.safetensors import SafetensorsFile, WriteError
 from iolite.checkpoint.source import FolderSource, Progress, Source
+from iolite.config import GenerationConfig, ProcessorConfig
 from iolite.errors import CheckpointError, UsageError
+from iolite.text.template import ChatTemplate
+from iolite.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iolite.quant.formats import PackedMatrix
+    from iolite.quant.formats import Format, PackedMatrix
 
     Weights: TypeAlias = dict[str, Tensor | PackedMatrix]
 
@@ -69,7 +72,7 @@ def _through_cache(source: Source, scheme: str, progress: Progress | None) -> We
             room = shutil.disk_usage(path.parent).free
         except OSError as error:
             raise WriteError(f"{path.parent} cannot be made ({error.strerror})") from None
-        needed = _bytes_needed(source, scheme)
+        needed = bytes_needed(source, scheme)
         if room < needed + (256 << 20):
             raise WriteError(f"{path.parent} has {room >> 20} MB free and needs {needed >> 20} MB")
         packed_folder.write(path, scheme, source.names(), _packed(source, scheme, progress))
@@ -85,20 +88,6 @@ def _digest(source: Source, scheme: str) -> str:
         stat = path.stat()
         digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:24]
-
-
-def _bytes_needed(source: Source, scheme: str) -> int:
-    from iolite.quant.formats import INT8, packed_bytes
-    from iolite.quant.schemes import format_for
-
-    total = 0
-    for name, shape in names.expected_shapes(source.config).items():
-        if format := format_for(name, shape, scheme):
-            rows, cols = shape
-            total += packed_bytes(rows, cols, INT8 if source.scheme else format)  # GGUF mixes formats: the widest
-        else:
-            total += 4 * math.prod(shape)
-    return total
 
 
 def _open_kept(path: Path, source: Source, scheme: str) -> SafetensorsFile | None:
@@ -126,17 +115,92 @@ def _packed(
     source: Source, scheme: str | None, progress: Progress | None
 ) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
     """Every tensor, packed where the scheme says so. Matrices come first, each let go before the next is read."""
-    from iolite.quant.schemes import format_for, quantise_named
+    from iolite.quant.schemes import format_for
 
     shapes = names.expected_shapes(source.config)
     matrices = [name for name in source.names() if format_for(name, shapes[name], scheme or "int4")]
     order = [*matrices, *(name for name in source.names() if name not in set(matrices))]
+    chosen = PackingSource(source, scheme) if scheme else source
     for done, name in enumerate(order):
         if progress:
             progress(done, len(order), f"packing {name}" if scheme else f"reading {name}")
-        weight = source.weight(name)
-        format = format_for(name, shapes[name], scheme) if scheme else None
-        if format and not hasattr(weight, "rows_to_float"):
-            weight = quantise_named(name, weight, format)
-        yield name, weight
+        yield name, chosen.weight(name)
         source.release()
+
+
+class PackingSource:
+    """A source whose matrices are packed by a scheme when their turn comes: what is written is a packed checkpoint.
+
+    Raises UsageError when the source is packed in another scheme.
+    """
+
+    def __init__(self, source: Source, scheme: str) -> None:
+        if source.scheme not in (None, scheme):
+            raise UsageError(
+                f"{source.name} is packed as {source.scheme} already", f"{scheme} needs a float version of the model"
+            )
+        self.name, self.folder, self.config = source.name, source.folder, source.config
+        self._source, self._scheme = source, scheme
+        self._shapes = names.expected_shapes(source.config)
+
+    @property
+    def files(self) -> list[Path]:
+        return self._source.files
+
+    @property
+    def scheme(self) -> str:
+        return self._scheme
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def sizes(self) -> Mapping[str, int]:
+        return self._source.sizes()
+
+    def packed_formats(self) -> dict[str, Format]:
+        """By the scheme; a matrix that the source has packed keeps its own format."""
+        from iolite.quant.schemes import format_for
+
+        chosen = {name: format_for(name, shape, self._scheme) for name, shape in self._shapes.items()}
+        own = self._source.packed_formats()
+        return {name: own.get(name, format) for name, format in chosen.items() if format is not None}
+
+    def weight(self, name: str) -> Tensor | PackedMatrix:
+        from iolite.quant.formats import PackedMatrix
+        from iolite.quant.schemes import format_for, quantise_named
+
+        weight = self._source.weight(name)
+        format = format_for(name, self._shapes[name], self._scheme)
+        if format is None or isinstance(weight, PackedMatrix):
+            return weight
+        return quantise_named(name, weight, format)
+
+    def release(self) -> None:
+        self._source.release()
+
+    def tokenizer(self) -> Tokenizer:
+        return self._source.tokenizer()
+
+    def template(self) -> ChatTemplate:
+        return self._source.template()
+
+    def processor(self) -> ProcessorConfig:
+        return self._source.processor()
+
+    def generation(self) -> GenerationConfig:
+        return self._source.generation()
+
+
+def bytes_needed(source: Source, scheme: str) -> int:
+    """The size of a source's weights once they are packed, or a little more."""
+    from iolite.quant.formats import INT8, packed_bytes
+    from iolite.quant.schemes import format_for
+
+    total = 0
+    for name, shape in names.expected_shapes(source.config).items():
+        if format := format_for(name, shape, scheme):
+            rows, cols = shape
+            total += packed_bytes(rows, cols, INT8 if source.scheme else format)  # GGUF mixes formats: the widest
+        else:
+            total += 4 * math.prod(shape)
+    return total

@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": "Measure how fast a model is on this machine",
     "init": "Make a model of random weights and the true shape, for benchmarks",
     "convert": "Write a model in another format: GGUF or safetensors",
+    "quantize": "Write a model with weights of 4 or 8 bits",
     "pull": "Download a model into the Hugging Face cache",
     "list": "List the models on this machine",
     "show": "Describe a model, or this machine",

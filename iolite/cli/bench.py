@@ -44,8 +44,6 @@ class Numbers(click.ParamType):
 
 @click.command()
 @click.argument("model", default="nano")
-@click.option("--quantize", metavar="SCHEME", help="Measure with packed weights: int4 or int8.")
-@click.option("--kv", default="auto", show_default=True, metavar="FORMAT", help="What keys and values are kept in.")
 @click.option("--prefill", type=Numbers(1), default="64,280,512", show_default=True, help="Lengths of prompts to read.")
 @click.option(
     "--depth", "depths", type=Numbers(0), default="0,1024,4096", show_default=True, help="Cached tokens to draw behind."

@@ -45,7 +45,7 @@ def command(name: str | None, model: str | None, **settings: Any) -> None:
     """
     if name is not None and model is not None:
         raise UsageError(f"two models: {name!r} and {model!r}", "name one of them")
-    loading = {key: settings.pop(key) for key in ("context", "threads", "device", "dtype")}
+    loading = options.take_loading(settings)
     loaded = options.load_model(next((n for n in (name, model) if n is not None), "nano"), **loading)
     given = {key: value for key, value in settings.items() if value not in (None, ())}
     chat = Chat(loaded, Conversation())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,10 +35,7 @@ def command(
     tasks: str | None,
     store: Path | None,
     show_wrong: bool,
-    context: int | None,
-    threads: int | None,
-    device: str | None,
-    dtype: str | None,
+    **loading: Any,
 ) -> None:
     """Measure MODEL (by default nano) on the tasks of iolite-nano: fonts, voices and layouts it has not seen.
 
@@ -51,7 +48,7 @@ def command(
     unknown = [name for name in names if name not in nano.NAMES]
     if unknown:
         raise UsageError(f"there is no task {unknown[0]!r}", f"there are {', '.join(nano.NAMES)}")
-    loaded = load_model(model, threads, context=context, device=device, dtype=dtype)
+    loaded = load_model(model, **loading)
     data = nano.open_store(store or nano.default_store(), _making)
     begin, scores = time.monotonic(), {}
     for name in names:
@@ -61,6 +58,7 @@ def command(
     report = {
         "model": model,
         "dtype": loaded.choice.dtype_name,
+        "quantize": loaded.scheme,
         "seconds": round(time.monotonic() - begin, 1),
         "tasks": {name: score.to_dict() for name, score in scores.items()},
     }

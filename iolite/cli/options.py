@@ -45,7 +45,18 @@ LOADING = (
     click.option("-t", "--threads", type=click.IntRange(1, 1024), help="CPU threads to compute with."),
     click.option("--device", help="cpu, cuda, cuda:N or mps; by default the fastest there is."),
     click.option("--dtype", help="float32, bfloat16 or float16; by default what suits model and device."),
+    click.option(
+        "--quantize", type=click.Choice(["int4", "int8"]), help="Pack float weights; what comes out is kept in a cache."
+    ),
+    click.option(
+        "--kv",
+        type=click.Choice(["auto", "bf16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="Format of the cache of keys and values.",
+    ),
 )
+_LOADING = ("context", "threads", "device", "dtype", "quantize", "kv")  # the parameters of LOADING
 IMAGE_TOKENS = click.option(
     "--image-max-tokens",
     "--image-tokens",
@@ -90,11 +101,16 @@ def looks_like_model(word: str) -> bool:
     return is_id(word) and not kind_of(word) and not os.path.exists(word)
 
 
+def take_loading(settings: dict[str, Any]) -> dict[str, Any]:
+    """Takes the values of LOADING out of a command's settings."""
+    return {name: settings.pop(name) for name in _LOADING}
+
+
 def load_model(name: str, threads: int | None, **settings: Any) -> Model:
     """`iolite.load`, with a spinner on the terminal while it works."""
-    from iolite.cli.terminal import working
+    from iolite.cli.terminal import loading
 
-    with working(f"Loading {name}"):
+    with loading(name) as progress:
         import torch
 
         from iolite.generate.model import load
@@ -105,4 +121,4 @@ def load_model(name: str, threads: int | None, **settings: Any) -> Model:
             torch.set_num_threads(threads)
             if cpu.load() is not None:
                 cpu.set_threads(threads)
-        return load(name, **settings)
+        return load(name, progress=progress, **settings)

@@ -69,7 +69,7 @@ def command(
         say(f"Added {found.kind} {found.name}")
     if not text.strip() and not attached and not picked:
         raise UsageError("there is no prompt", f'ask something: iolite run {name} "…", or pipe text into it')
-    loading = {key: settings.pop(key) for key in ("context", "threads", "device", "dtype")}
+    loading = options.take_loading(settings)
     loaded = options.load_model(name, **loading)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append(user_message(text, [*attached, *picked]))

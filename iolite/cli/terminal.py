@@ -51,6 +51,18 @@ def working(what: str, unit: str = "tokens") -> Iterator[Callable[[int, int], No
         yield lambda done, total: status.update(f"{what}: {done} of {total} {unit}")
 
 
+@contextmanager
+def loading(name: str) -> Iterator[Callable[[int, int, str], None]]:
+    """As `working`, for loading a model: what is shown is its share of the whole, and what is being worked on."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"Loading {name} …") as status:
+        yield lambda done, total, what: status.update(f"Loading {name}: {100 * done // total} %, {harmless(what)}")
+
+
 def show(start: Callable[[Callable[[int, int], None]], ReplyStream]) -> ReplyStream:
     """Runs an answer to its end or to Ctrl+C, showing it as it comes, and returns its stream, which is then over.
 
