@@ -98,6 +98,10 @@ def test_a_run_leaves_a_model_that_loads_and_is_measured(
     assert report["tasks"]["read"]["n"] == 2
     assert 0 <= report["tasks"]["read"]["ci95"][0] <= report["tasks"]["read"]["accuracy"]
     assert "read: " in err
+    assert report["quantize"] is None
+    assert run_command([*asked, "--quantize", "int4", "--kv", "bf16"]) == 0
+    packed = json.loads(capsys.readouterr().out)
+    assert (packed["quantize"], packed["dtype"], packed["tasks"]["read"]["n"]) == ("int4", "float32", 2)
     assert run_command([*asked[:-3], "--tasks", "talk"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["task", "right", "95", "%", "n"]
 
