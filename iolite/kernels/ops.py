@@ -24,6 +24,7 @@ __all__ = [
     "project", "rms_norm", "rope_angles", "softcap",
 ]  # fmt: skip
 
+_wants_gradient, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling  # asked hundreds of times a token
 _allowed = os.environ.get("IOLITE_KERNELS", "") != "reference"
 
 
@@ -42,9 +43,9 @@ def _on_cpu(x: Tensor) -> bool:
     return (
         _allowed
         and x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and x.is_cpu
+        and not _wants_gradient()
+        and not _is_compiling()
         and cpu.load() is not None
     )
 

@@ -44,8 +44,7 @@ class DecoderLayer(nn.Module):
         self.register_buffer("layer_scalar", torch.ones(1))
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        after_attention, after_mlp = self.post_attention_layernorm, self.post_feedforward_layernorm
         h = self.self_attn(self.input_layernorm(x), angles, attend)
-        x = ops.add_rms_norm(x, h, after_attention.weight, after_attention.eps)
+        x = self.post_attention_layernorm.added_to(x, h)
         h = self.mlp(self.pre_feedforward_layernorm(x))
-        return ops.add_rms_norm(x, h, after_mlp.weight, after_mlp.eps, self.layer_scalar)
+        return self.post_feedforward_layernorm.added_to(x, h, self.layer_scalar)

@@ -18,3 +18,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def added_to(self, residual: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(residual + norm(x)) * scale: how both halves of a decoder block end."""
+        return ops.add_rms_norm(residual, x, self.weight, self.eps, scale)
