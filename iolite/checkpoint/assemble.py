@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from iolite.checkpoint import names
 from iolite.config import ModelConfig
@@ -26,8 +28,7 @@ def assemble(
     Beside packed matrices the embedders of pictures and sounds stay bfloat16: they are read once for a prompt and not
     once for a token, and as float32 they would take twice the memory.
     """
-    with torch.device("meta"):
-        network = Unified(config)
+    network = empty_network(config)
     packed = {name: weight for name, weight in weights.items() if isinstance(weight, PackedMatrix)}
     floats = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
     state = {name: tensor.to(device=device, dtype=_dtype(name, dtype, bool(packed))) for name, tensor in floats.items()}
@@ -36,6 +37,24 @@ def assemble(
         state[name] = network.get_buffer(name)
     network.load_state_dict(state, assign=True)
     return network
+
+
+def empty_network(config: ModelConfig) -> Unified:
+    """The network on the meta device: shapes without numbers."""
+    with torch.device("meta"), _NothingDrawn():
+        return Unified(config)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out the drawing of normal numbers. On the meta device torch imports its compiler for that, only to find
+    that there is nothing to fill: more than a second, and more than all the rest of loading."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _dtype(name: str, dtype: torch.dtype, beside_packed: bool) -> torch.dtype:

@@ -80,7 +80,7 @@ def load_folder(
     """
     import torch
 
-    from iolite.model.unified import Unified
+    from iolite.checkpoint.assemble import empty_network
 
     folder = Path(path)
     config = read_config(folder)
@@ -91,8 +91,7 @@ def load_folder(
         head = stored.pop(names.LM_HEAD).tensor()
         if not torch.equal(head, stored[names.EMBEDDING].tensor()):
             raise CheckpointError("config.json ties the head to the embedding, but lm_head.weight differs from it")
-    with torch.device("meta"):
-        model = Unified(config)
+    model = empty_network(config)
     state = {name: item.tensor().to(device=device, dtype=wanted) for name, item in stored.items()}
     model.load_state_dict(state, assign=True)
     return config, model

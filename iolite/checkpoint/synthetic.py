@@ -24,7 +24,7 @@ from iolite.checkpoint.safetensors import replacing, streaming
 from iolite.checkpoint.source import Progress
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig, TextConfig, read_json
 from iolite.errors import UsageError
-from iolite.quant.formats import BLOCK, Format, PackedMatrix, packed_shape
+from iolite.quant.formats import BLOCK, Format, PackedMatrix, packed_bytes, packed_shape
 from iolite.quant.schemes import format_for
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -170,6 +170,13 @@ class SyntheticSource:
     def sizes(self) -> Mapping[str, int]:
         return {}  # nothing is stored
 
+    def num_bytes(self) -> int:
+        """What the tensors take when they are made."""
+        formats, total = self.packed_formats(), 0
+        for name, shape in names.expected_shapes(self.config).items():
+            total += packed_bytes(shape[0], shape[1], formats[name]) if name in formats else 2 * math.prod(shape)
+        return total
+
     def weight(self, name: str) -> Tensor | PackedMatrix:
         shape = names.expected_shapes(self.config)[name]
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
@@ -207,7 +214,7 @@ def random_matrix(rows: int, cols: int, format: Format, generator: torch.Generat
     """Random tiles, of the size that keeps a normalised input's outputs at about 1."""
     shape = packed_shape(rows, cols, format)
     data = torch.empty(math.prod(shape), dtype=torch.uint8)
-    data.view(torch.int64).random_(generator=generator)
+    data.view(torch.int64).random_(-(2**63), None, generator=generator)  # all 64 bits: by default the sign is not drawn
     data = data.view(shape)
     # Uniform quants of b bits have a deviation of 2^b / sqrt(12). Signs at random take away the mean of -1/2.
     size = math.sqrt(12 / cols) / 2**format.bits

@@ -302,7 +302,7 @@ CHECKPOINTS = {
     "empty name": (nothing, "show ''", "there is no model ''"),
     "empty folder": (folder_named("broken"), "run -m ./broken what", "config.json is missing"),
     "empty folder, show": (folder_named("broken"), "show broken", "config.json is missing"),
-    "a file": (file("model.gguf", b"GGUF"), "run -m model.gguf what", "model.gguf is a file"),
+    "a file": (file("model.gguf", b"GGUF"), "run -m model.gguf what", "model.gguf is 4 bytes long, too short"),
     "unknown id": (nothing, "run -m nobody/nothing what", "nobody/nothing is not on this machine"),
     "unknown id, show": (nothing, "show nobody/nothing", "nobody/nothing is not on this machine"),
     "unknown id, pulled offline": (
