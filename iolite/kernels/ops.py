@@ -20,7 +20,7 @@ from iolite.kernels.contracts import Keys, Matrix
 from iolite.kernels.reference import attention, rope_angles
 
 __all__ = [
-    "add_rms_norm", "attend", "attention", "embed", "gated", "geglu", "linear", "norm_rope", "only_reference",
+    "add_rms_norm", "attend", "attention", "block", "embed", "gated", "geglu", "linear", "norm_rope", "only_reference",
     "project", "rms_norm", "rope_angles", "softcap",
 ]  # fmt: skip
 
@@ -93,6 +93,12 @@ def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> 
             window=window or 0,
         )  # fmt: skip
     return reference.attend(q, keys, window, blocks)
+
+
+def block(layer: nn.Module, x: Tensor) -> cpu.Block | None:
+    """The two halves of a decoder layer around attention as one call each, for few tokens x [N, M] and packed weights;
+    None where the layer has to be gone through operation by operation."""
+    return cpu.block(layer) if x.dim() == 2 and 0 < x.shape[0] <= cpu.MOST_TOKENS and _on_cpu(x) else None
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class DecoderLayer(nn.Module):
         self.register_buffer("layer_scalar", torch.ones(1))
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        if (block := ops.block(self, x)) is not None:  # the same in two calls
+            return block.end(x, attend(*block.begin(x, *angles)))
         h = self.self_attn(self.input_layernorm(x), angles, attend)
         x = self.post_attention_layernorm.added_to(x, h)
         h = self.mlp(self.pre_feedforward_layernorm(x))

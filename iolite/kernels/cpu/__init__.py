@@ -4,11 +4,12 @@
 """
 
 from iolite.kernels.cpu.attention import attention
+from iolite.kernels.cpu.block import MOST_TOKENS, Block, block
 from iolite.kernels.cpu.library import isa, isas, load, reason, set_threads, threads
 from iolite.kernels.cpu.products import gated, linear
 from iolite.kernels.cpu.rows import add_rms_norm, embed, geglu, norm_rope, rms_norm, softcap
 
 __all__ = [
-    "add_rms_norm", "attention", "embed", "gated", "geglu", "isa", "isas", "linear", "load", "norm_rope", "reason",
-    "rms_norm", "set_threads", "softcap", "threads",
+    "MOST_TOKENS", "Block", "add_rms_norm", "attention", "block", "embed", "gated", "geglu", "isa", "isas", "linear",
+    "load", "norm_rope", "reason", "rms_norm", "set_threads", "softcap", "threads",
 ]  # fmt: skip

@@ -108,6 +108,28 @@ typedef struct {
  * == blocks[i] > 0; and, with a window, if s > past + i - window. Without a window blocks count for nothing. */
 IOL_API void iol_attention(iol_pool* pool, const iol_attention_args* args);
 
+/* ---- a decoder block ---- */
+
+/* The weights of one block. The projections of queries, keys and values take `size` columns each and lie side by side
+ * here; projections is 2 where values are the raw keys. Vectors are float. */
+typedef struct {
+    iol_matrix qkv[3], o, gate, up, down;
+    int64_t projections, size, head_dim;
+    const float *input_norm, *q_norm, *k_norm, *post_attention_norm, *pre_feedforward_norm, *post_feedforward_norm;
+    const float* scalar; /* [1] */
+    float eps;
+} iol_block;
+
+/* How a block begins, for few tokens x [n, size]: q [n, H, D], k and v [n, K, D] of the normalised x, their heads
+ * normalised, q and k turned by cos and sin [n, D/2]. As rms_norm, linear and norm_rope would compute them. */
+IOL_API void iol_block_begin(iol_pool* pool, const iol_block* block, const float* x, int64_t n, const float* cos,
+                             const float* sin, float* q, float* k, float* v);
+
+/* How it ends: attention's output [n, H * D] projected and added to x [n, size], the feed-forward net added to that, all
+ * times the scalar: out [n, size]. As linear, add_rms_norm, rms_norm and gated would compute it. */
+IOL_API void iol_block_end(iol_pool* pool, const iol_block* block, const float* x, const float* attended, int64_t n,
+                           float* out);
+
 /* ---- what the machine can do ---- */
 
 /* GB/s (10^9 bytes) that all threads together read from memory, by `bytes` at a time over and over for about `seconds`:

@@ -32,7 +32,14 @@
     X(geglu, (iol_pool * pool, const float* gate, const float* up, int64_t count, float* out),                     \
       (pool, gate, up, count, out))                                                                                \
     X(softcap, (iol_pool * pool, const float* x, float cap, int64_t count, float* out), (pool, x, cap, count, out)) \
-    X(attention, (iol_pool * pool, const iol_attention_args* args), (pool, args))
+    X(attention, (iol_pool * pool, const iol_attention_args* args), (pool, args))                                  \
+    X(block_begin,                                                                                                 \
+      (iol_pool * pool, const iol_block* block, const float* x, int64_t n, const float* cos, const float* sin,     \
+       float* q, float* k, float* v),                                                                              \
+      (pool, block, x, n, cos, sin, q, k, v))                                                                      \
+    X(block_end,                                                                                                   \
+      (iol_pool * pool, const iol_block* block, const float* x, const float* attended, int64_t n, float* out),     \
+      (pool, block, x, attended, n, out))
 
 struct iol_kernels {
     // Reads `bytes` bytes (a multiple of 4096) in one of IOL_READ_WAYS ways; the result depends on all of them.

@@ -48,6 +48,20 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class BlockArg(ctypes.Structure):
+    """`iol_block` of iolite.h."""
+
+    _fields_ = (
+        ("qkv", MatrixArg * 3),
+        *((name, MatrixArg) for name in ("o", "gate", "up", "down")),
+        *((name, c_int64) for name in ("projections", "size", "head_dim")),
+        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("post_attention_norm", "pre_feedforward_norm", "post_feedforward_norm")),
+        ("scalar", c_void_p),
+        ("eps", c_float),
+    )
+
+
 class Library:
     """The loaded library. Its kernels are attributes, taken without the prefix: `library.rms_norm(library.pool, ...)`.
 
@@ -77,6 +91,8 @@ class Library:
         self.geglu = self._function("geglu", None, p, p, p, i, p)
         self.softcap = self._function("softcap", None, p, p, f, i, p)
         self.attention = self._function("attention", None, p, POINTER(AttentionArgs))
+        self.block_begin = self._function("block_begin", None, p, POINTER(BlockArg), p, i, p, p, p, p, p)
+        self.block_end = self._function("block_end", None, p, POINTER(BlockArg), p, p, i, p)
         self.probe_bandwidth = self._function("probe_bandwidth", c_double, p, i, c_double)
         self.probe_int8 = self._function("probe_int8", c_double, p, c_double)
 

@@ -70,11 +70,12 @@ def _argument(matrices: Sequence[Matrix]) -> Any:
     if found is None:
         if len(_arguments) >= _MOST_ARGUMENTS:
             _arguments.clear()
-        found = _arguments[key] = (MatrixArg * len(matrices))(*[_checked(m, matrices[0].cols) for m in matrices])
+        found = _arguments[key] = (MatrixArg * len(matrices))(*[matrix_argument(m, matrices[0].cols) for m in matrices])
     return found
 
 
-def _checked(matrix: Matrix, cols: int) -> MatrixArg:
+def matrix_argument(matrix: Matrix, cols: int) -> MatrixArg:
+    """What C is told about a matrix. Raises ValueError when it has other columns or does not lie as C reads it."""
     data, tiles = matrix.data, (-(-matrix.rows // 16), -(-matrix.cols // 64))
     if matrix.cols != cols:
         raise ValueError(f"matrices of {cols} and of {matrix.cols} columns")

@@ -1,0 +1,133 @@
+"""The two halves of a decoder block around attention, each as one call.
+
+Between two kernels Python takes some ten microseconds, in which nothing is read from memory; a model of 48 blocks calls
+six hundred kernels for a token, or two hundred with these. They call the same kernels and give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import byref
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from iolite.kernels.cpu.library import BlockArg, Library, load
+from iolite.kernels.cpu.products import matrix_argument
+
+MOST_TOKENS = 24
+"""Beyond that the kernels take longer than what is between them, and what lies between them gets large."""
+
+Link = tuple[dict[str, Any], str, Any]
+
+_VECTORS = {
+    "input_norm": "input_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "post_attention_norm": "post_attention_layernorm.weight",
+    "pre_feedforward_norm": "pre_feedforward_layernorm.weight",
+    "post_feedforward_norm": "post_feedforward_layernorm.weight",
+    "scalar": "layer_scalar",
+}
+_MATRICES = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+_blocks: WeakKeyDictionary[nn.Module, Block] = WeakKeyDictionary()
+
+
+def block(layer: nn.Module) -> Block | None:
+    """The block of a decoder layer (`iolite/model/layers.py`); None where its weights are not all packed, or its norms
+    not float32. A hook on a module within the layer is not called."""
+    found = _blocks.get(layer)
+    if found is not None and found.is_current():
+        return found
+    made = Block.of(layer)
+    if made is not None:
+        _blocks[layer] = made
+    return made
+
+
+class Block:
+    """Where the weights of a decoder layer lie, as the kernels are told."""
+
+    def __init__(self, argument: BlockArg, links: list[Link]) -> None:
+        """links: what the argument was made of; it keeps those tensors alive."""
+        self._links, self._argument, self._at = links, argument, byref(argument)
+        q, k = argument.qkv[0].rows, argument.qkv[1].rows
+        self._size, self._head_dim = argument.size, argument.head_dim
+        self._heads, self._kv_heads = q // argument.head_dim, k // argument.head_dim
+
+    @classmethod
+    def of(cls, layer: Any) -> Block | None:
+        names = [name for name in ("q_proj", "k_proj", "v_proj") if getattr(layer.self_attn, name) is not None]
+        qkv = [layer.get_submodule(f"self_attn.{name}") for name in names]
+        others = {name: layer.get_submodule(path) for name, path in _MATRICES.items()}
+        if not all(hasattr(module, "matrix") for module in (*qkv, *others.values())):
+            return None
+        paths = [f"self_attn.{name}.weight" for name in names] + [f"{path}.weight" for path in _MATRICES.values()]
+        links = [link for path in (*paths, *_VECTORS.values()) for link in _links(layer, path)]
+        vectors = {name: _at(layer, path) for name, path in _VECTORS.items()}
+        if any(v.dtype is not torch.float32 or not v.is_cpu or not v.is_contiguous() for v in vectors.values()):
+            return None
+        norm, head_dim = layer.input_layernorm, layer.self_attn.head_dim
+        size = norm.weight.shape[0]
+        argument = BlockArg(projections=len(qkv), size=size, head_dim=head_dim, eps=norm.eps)
+        for i, module in enumerate(qkv):
+            argument.qkv[i] = matrix_argument(module.matrix, size)
+        columns = {"o": qkv[0].matrix.rows, "gate": size, "up": size, "down": others["gate"].matrix.rows}
+        for name, module in others.items():
+            setattr(argument, name, matrix_argument(module.matrix, columns[name]))
+        for name, vector in vectors.items():
+            setattr(argument, name, vector.data_ptr())
+        return cls(argument, links)
+
+    def is_current(self) -> bool:
+        """Whether the layer still has the tensors that this was made of."""
+        return all(holder.get(name) is value for holder, name, value in self._links)
+
+    def begin(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n, M] -> queries [n, H, D], keys and values [n, K, D]: normalised, and turned by cos and sin [n, D/2]."""
+        n, D = x.shape[0], self._head_dim
+        assert x.shape == (n, self._size) and cos.shape == sin.shape == (n, D // 2)
+        assert cos.dtype is sin.dtype is torch.float32
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        q, k, v = torch.empty(n, self._heads, D), torch.empty(n, self._kv_heads, D), torch.empty(n, self._kv_heads, D)
+        library = _library()
+        library.block_begin(
+            library.pool, self._at, x.data_ptr(), n, cos.data_ptr(), sin.data_ptr(),
+            q.data_ptr(), k.data_ptr(), v.data_ptr(),
+        )  # fmt: skip
+        return q, k, v
+
+    def end(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's output [n, M] for its input x [n, M] and what attention gave, [n, H, D]."""
+        assert attended.shape == (x.shape[0], self._heads, self._head_dim) and x.shape[1] == self._size
+        x, attended = x.contiguous(), attended.contiguous()
+        out = torch.empty_like(x)
+        library = _library()
+        library.block_end(library.pool, self._at, x.data_ptr(), attended.data_ptr(), x.shape[0], out.data_ptr())
+        return out
+
+
+def _links(module: nn.Module, path: str) -> Iterator[Link]:
+    """Every step from a module to a tensor below it: (a dictionary, a name in it, what it has there)."""
+    *names, last = path.split(".")
+    for name in names:
+        yield module._modules, name, module._modules[name]
+        module = module.get_submodule(name)
+    holder = module._parameters if last in module._parameters else module._buffers
+    yield holder, last, holder[last]
+
+
+def _at(module: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), name)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _library() -> Library:
+    library = load()
+    assert library is not None, "ask load() first"
+    return library
