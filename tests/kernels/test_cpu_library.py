@@ -148,13 +148,17 @@ def test_a_library_that_is_missing_broken_or_old_is_said(tmp_path: Path, monkeyp
 def test_structures_have_the_size_that_c_gives_them(tmp_path: Path) -> None:
     source = tmp_path / "sizes.cpp"
     numbers = "sizeof(iol_matrix), sizeof(iol_attention_args), offsetof(iol_attention_args, out)"
+    numbers += ", sizeof(iol_block), offsetof(iol_block, projections), offsetof(iol_block, eps)"
     includes = '#include "iolite.h"\n#include <cstddef>\n#include <cstdio>\n'
-    source.write_text(f'{includes}int main() {{ std::printf("%zu %zu %zu", {numbers}); }}')
+    source.write_text(f'{includes}int main() {{ std::printf("%zu %zu %zu %zu %zu %zu", {numbers}); }}')
     program = tmp_path / "sizes"
     subprocess.run([*build.compiler(), f"-I{build.FOLDER}", str(source), "-o", str(program)], check=True)
     sizes = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
-    args = library.AttentionArgs
-    assert [int(s) for s in sizes] == [ctypes.sizeof(library.MatrixArg), ctypes.sizeof(args), args.out.offset]
+    args, block = library.AttentionArgs, library.BlockArg
+    assert [int(s) for s in sizes] == [
+        ctypes.sizeof(library.MatrixArg), ctypes.sizeof(args), args.out.offset,
+        ctypes.sizeof(block), block.projections.offset, block.eps.offset,
+    ]  # fmt: skip
 
 
 def test_without_a_compiler_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +213,45 @@ def test_no_tokens_and_any_leading_shape() -> None:
     assert cpu.linear(x[0], matrices)[0].shape == (700,)
     turned = x.t().contiguous().t()  # columns of a token lie apart
     assert all(torch.equal(a, b) for a, b in zip(flat, cpu.linear(turned, matrices), strict=True))
+
+
+# Two tasks that each wait for the other one to begin: a job that a thread misses never ends.
+MEETINGS = """
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include "pool.h"
+
+int main() {
+    iol_pool* pool = iol_pool_create(2);
+    for (int job = 0; job < 20000; job++) {
+        std::atomic<int> here{0};
+        iol_parallel(pool, 2, [](void* context, int64_t, int) {
+            std::atomic<int>& here = *(std::atomic<int>*)context;
+            here++;
+            const auto begin = std::chrono::steady_clock::now();
+            while (here.load() < 2) {
+                std::this_thread::yield();
+                if (std::chrono::steady_clock::now() - begin > std::chrono::seconds(10)) std::_Exit(1);
+            }
+        }, &here);
+    }
+    iol_pool_destroy(pool);
+    std::puts("all met");
+}
+"""
+
+
+def test_every_thread_takes_part_in_every_job(tmp_path: Path) -> None:
+    (tmp_path / "meetings.cpp").write_text(MEETINGS)
+    sources = [str(tmp_path / "meetings.cpp"), str(build.FOLDER / "pool.cpp")]
+    program = str(tmp_path / "meetings")
+    command = [*build.compiler(), "-std=c++17", "-O2", "-pthread", f"-I{build.FOLDER}", *sources, "-o", program]
+    subprocess.run(command, check=True)
+    found = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.returncode) == ("all met\n", 0)
 
 
 @pytest.mark.parametrize("isa", ISAS)

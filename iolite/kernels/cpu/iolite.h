@@ -133,7 +133,8 @@ IOL_API void iol_block_end(iol_pool* pool, const iol_block* block, const float* 
 /* ---- what the machine can do ---- */
 
 /* GB/s (10^9 bytes) that all threads together read from memory, by `bytes` at a time over and over for about `seconds`:
- * the best of several ways to read, each by its median. 0 when there is no memory to read. */
+ * the median. The first call also finds out which of several ways to read is the fastest here. 0 when there is no memory
+ * to read. */
 IOL_API double iol_probe_bandwidth(iol_pool* pool, int64_t bytes, double seconds);
 
 /* Billions of int8 multiply-adds a second, from registers, by all threads, with the code path in use. */

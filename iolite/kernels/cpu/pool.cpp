@@ -29,7 +29,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // How long a worker spins before it sleeps. Waking it again costs some 30 µs, as much as a small kernel takes.
-constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr auto kSpin = std::chrono::microseconds(2000);
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -163,19 +163,26 @@ struct iol_pool {
         }
     }
 
-    // A worker's life. Generations tell a job from the one before: what it saw last needs no second look.
+    // A worker's life. Generations tell a job from the one before: what it has looked at needs no second look. A job
+    // that is only being announced has not been looked at, or the worker would wait for the next one and miss it.
     void live(int thread) {
-        uint64_t seen = 0;
+        uint64_t looked_at = 0;
         while (!stop.load(std::memory_order_relaxed)) {
-            seen = ticket.load(std::memory_order_acquire) >> 32;
+            const uint64_t now = ticket.load(std::memory_order_acquire);
+            if (is_open(now)) looked_at = now >> 32;
             while (take(thread)) {
             }
-            await(seen);
+            await(looked_at);
         }
     }
 
-    void await(uint64_t seen) {
-        const auto changed = [&] { return ticket.load(std::memory_order_seq_cst) >> 32 != seen || stop.load(); };
+    static bool is_open(uint64_t ticket) { return (ticket & kClosed) != kClosed; }
+
+    void await(uint64_t looked_at) {
+        const auto changed = [&] {
+            const uint64_t now = ticket.load(std::memory_order_seq_cst);
+            return (is_open(now) && now >> 32 != looked_at) || stop.load();
+        };
         const auto begin = Clock::now();
         for (int i = 0; !changed(); i++) {
             relax();

@@ -8,7 +8,8 @@ from iolite.kernels.cpu.library import Library, load
 def bandwidth(bytes: int, seconds: float) -> float:
     """GB/s that all threads together read from memory, going through `bytes` over and over for about `seconds`.
 
-    Memory in huge pages, one stream for each thread; the median of the best of a few ways to read.
+    Memory in huge pages, one stream for each thread; the median. The first call tries a few ways to
+    read and keeps to the best.
     """
     library = _library()
     return float(library.probe_bandwidth(library.pool, bytes, seconds))

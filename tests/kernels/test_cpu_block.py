@@ -1,0 +1,145 @@
+"""A decoder block in two calls: the same bits as operation by operation, and only where it may be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.cpu_kernels import ISAS, code_path
+from torch import Tensor, nn
+
+from iolite.checkpoint.assemble import assemble
+from iolite.checkpoint.synthetic import SyntheticSource, config_of
+from iolite.kernels import cpu, ops
+from iolite.model.decoder import Decoder
+from iolite.model.layers import DecoderLayer
+from iolite.quant.linear import QuantLinear, quantize_
+
+pytestmark = pytest.mark.skipif(cpu.load() is None, reason=f"no C++ kernels: {cpu.reason()}")
+SLIDING, FULL = 0, 5  # layers of the tiny shape; the full one's values are its raw keys
+
+
+def decoder_of(scheme: str | None) -> Decoder:
+    source = SyntheticSource(config_of("tiny"), scheme)
+    weights = {name: source.weight(name) for name in source.names()}
+    network = assemble(source.config, weights, dtype=torch.float32).eval().requires_grad_(False)
+    with torch.no_grad():  # of synthetic models the norms are ones
+        g = torch.Generator().manual_seed(3)
+        for layer in network.language_model.layers:
+            for vector in (*layer.parameters(), layer.layer_scalar):
+                if vector.dim() == 1:
+                    vector.mul_(0.5 + torch.rand(vector.shape, generator=g))
+    return network.language_model
+
+
+@pytest.fixture(params=["int4", "int8"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return decoder_of(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def example(decoder: Decoder, number: int, n: int) -> tuple[DecoderLayer, Tensor, tuple[Tensor, Tensor]]:
+    layer = decoder.layers[number]
+    assert isinstance(layer, DecoderLayer)
+    x = torch.randn(n, decoder.config.hidden_size, generator=torch.Generator().manual_seed(n))
+    return layer, x, decoder._angles(decoder.config.layer_types[number], torch.arange(7, 7 + n))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No attention, but something that depends on all three."""
+    repeat = q.shape[1] // k.shape[1]
+    return q * k.repeat_interleave(repeat, 1) + v.repeat_interleave(repeat, 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("number", [SLIDING, FULL])
+def test_the_same_bits_as_operation_by_operation(decoder, number, isa, monkeypatch):
+    with code_path(isa):
+        for n in (1, 2, 3, 8, 9, cpu.MOST_TOKENS):
+            layer, x, angles = example(decoder, number, n)
+            assert ops.block(layer, x) is not None
+            fused = layer(x, angles, attend)
+            with monkeypatch.context() as context:
+                context.setattr(ops, "block", lambda layer, x: None)
+                assert torch.equal(fused, layer(x, angles, attend))
+
+
+def test_it_sees_weights_that_were_replaced(decoder, monkeypatch):
+    layer, x, angles = example(decoder, SLIDING, 2)
+    before = layer(x, angles, attend)
+    other = decoder.layers[1]
+
+    def changed() -> None:
+        after = layer(x, angles, attend)
+        with monkeypatch.context() as context:
+            context.setattr(ops, "block", lambda layer, x: None)
+            assert torch.equal(after, layer(x, angles, attend))
+        assert not torch.equal(after, before)
+
+    layer.mlp.down_proj = other.mlp.down_proj  # a module
+    changed()
+    layer.self_attn.q_proj.weight = other.self_attn.q_proj.weight  # a buffer
+    changed()
+    layer.self_attn.q_norm.weight = nn.Parameter(torch.full_like(layer.self_attn.q_norm.weight, 0.3), False)
+    changed()
+    layer.layer_scalar = torch.full((1,), 0.125)
+    changed()
+    layer.input_layernorm.weight.mul_(2)  # in place: read where it lies
+    changed()
+
+
+def test_float_weights_norms_of_another_kind_and_adapters_go_operation_by_operation(decoder):
+    layer, x, angles = example(decoder_of(None), SLIDING, 2)
+    assert ops.block(layer, x) is None
+    layer, x, angles = example(decoder, SLIDING, 2)
+    assert ops.block(layer, x) is not None
+    layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)  # as an adapter wraps it
+    assert ops.block(layer, x) is None
+    assert layer(x, angles, attend).isfinite().all()
+    layer, x, angles = example(decoder, 1, 2)
+    layer.self_attn.k_norm.bfloat16()
+    assert ops.block(layer, x) is None
+    assert layer(x, angles, attend).isfinite().all()
+
+
+def test_few_tokens_without_gradient_and_not_for_the_reference(decoder, monkeypatch):
+    layer, x, _ = example(decoder, SLIDING, cpu.MOST_TOKENS)
+    assert ops.block(layer, x) is not None
+    assert ops.block(layer, torch.cat((x, x[:1]))) is None
+    assert ops.block(layer, x[:0]) is None
+    assert ops.block(layer, x[None]) is None
+    assert ops.block(layer, x.bfloat16()) is None
+    with ops.only_reference():
+        assert ops.block(layer, x) is None
+    with torch.inference_mode(False), torch.enable_grad():
+        assert ops.block(layer, x) is None
+
+
+def test_a_layer_that_is_gone_is_forgotten():
+    from iolite.kernels.cpu.block import _blocks
+
+    held = len(_blocks)
+    layer, x, _ = example(decoder_of("int4"), SLIDING, 1)
+    block = ops.block(layer, x)
+    assert len(_blocks) == held + 1
+    assert block is ops.block(layer, x)
+    del layer, block
+    assert len(_blocks) == held
+
+
+def test_layers_packed_after_loading(monkeypatch):
+    decoder = decoder_of(None)
+    layer, x, angles = example(decoder, FULL, 3)
+    assert ops.block(layer, x) is None
+    model = nn.ModuleDict({"language_model": decoder})
+    with torch.inference_mode(False):
+        quantize_(model, "int8")
+    assert isinstance(layer.mlp.gate_proj, QuantLinear)
+    assert ops.block(layer, x) is not None
+    assert layer(x, angles, attend).isfinite().all()
