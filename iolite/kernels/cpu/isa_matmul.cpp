@@ -19,6 +19,9 @@ constexpr int64_t kChunkBytes = 128 << 10;
 // Of products with many tokens, in multiply-adds: some 10 µs.
 constexpr int64_t kChunkProducts = 1 << 21;
 
+// Row tiles of a gated pair that few tokens meet at a time.
+constexpr int64_t kPairTiles = 4;
+
 // Tokens whose sums of 64 rows, and of another 64 of a gated pair, stay in the second-level cache.
 constexpr int64_t kPass = 384;
 
@@ -39,14 +42,10 @@ Product product(const iol_matrix& w, float* out, int64_t stride) {
     return {(const uint8_t*)w.data, w.rows, ceil_div(w.cols, kTileCols) * tile_bytes(w.format), w.format, out, stride};
 }
 
-// Sixteen rows times one group of tokens.
-void few_tokens(const Product& p, int64_t row_tile, const Activations& a, int64_t group, float* sums) {
-    const int64_t T = a.size(group);
-    const AddTiles add = p.format == 4   ? add_tiles_of<Int4, true>(T)
-                         : p.format == 5 ? add_tiles_of<Int4m, true>(T)
-                                         : add_tiles_of<Int8, true>(T);
-    for (int64_t i = 0; i < T * kTileRows; i++) sums[i] = 0.0f;
-    add(p.data + row_tile * p.row_bytes, a.blocks / 2, a.of(group), sums, kTileRows);
+AddTiles few_tokens_of(int32_t format, int64_t T) {
+    return format == 4   ? add_tiles_of<Int4, true>(T)
+           : format == 5 ? add_tiles_of<Int4m, true>(T)
+                         : add_tiles_of<Int8, true>(T);
 }
 
 // 64 rows, or as many as there are, times groups [first, last) of tokens.
@@ -74,17 +73,26 @@ void put(const Product& p, int64_t row, int64_t width, int64_t token, int64_t to
     }
 }
 
-// Sixteen rows of a matrix, or of the two of a gated pair (up is null otherwise), times all tokens.
+// Sixteen rows of a matrix times all tokens; of a gated pair some more, so that both are read in long stretches.
 void few_unit(const Product& p, const Product* up, int64_t row_tile, const Activations& a) {
-    alignas(64) float sums[2][kMost * kTileRows];
+    alignas(64) float sums[2][kPairTiles][kMost * kTileRows];
+    const int64_t tiles = up ? min(kPairTiles, p.row_tiles() - row_tile) : 1;
+    const Product* pair[2] = {&p, up};
     for (int64_t group = 0; group < a.groups; group++) {
-        const int64_t T = a.size(group);
-        few_tokens(p, row_tile, a, group, sums[0]);
-        if (up) {
-            few_tokens(*up, row_tile, a, group, sums[1]);
-            join(sums[0], sums[1], T * kTileRows);
+        const int64_t T = a.size(group), token = a.first(group);
+        const uint8_t* tokens = a.of(group);
+        for (int m = 0; m < 2 && pair[m]; m++) {
+            const AddTiles add = few_tokens_of(pair[m]->format, T);
+            const uint8_t* tile = pair[m]->data + row_tile * pair[m]->row_bytes;
+            for (int64_t i = 0; i < tiles; i++, tile += pair[m]->row_bytes) {
+                for (int64_t j = 0; j < T * kTileRows; j += W) store(sums[m][i] + j, vf{});
+                add(tile, a.blocks / 2, tokens, sums[m][i], kTileRows);
+            }
         }
-        put(p, row_tile * kTileRows, kTileRows, a.first(group), T, sums[0]);
+        for (int64_t i = 0; i < tiles; i++) {
+            if (up) join(sums[0][i], sums[1][i], T * kTileRows);
+            put(p, (row_tile + i) * kTileRows, kTileRows, token, T, sums[0][i]);
+        }
     }
 }
 
@@ -108,7 +116,7 @@ void many_unit(const Product& p, const Product* up, int64_t row_tile, const Acti
 // All products of one input, in one loop over the pool. up: the second matrix of a gated pair, or null.
 void multiply(iol_pool* pool, const Product* products, int64_t count, const Product* up, const Activations& a) {
     const bool many = a.n > kFew;
-    const int64_t tiles = many ? kPanelTiles : 1;
+    const int64_t tiles = many ? kPanelTiles : up ? kPairTiles : 1;
     int64_t units = 0, bytes = 0;
     for (int64_t i = 0; i < count; i++) {
         units += ceil_div(products[i].row_tiles(), tiles);
