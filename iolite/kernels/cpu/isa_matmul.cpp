@@ -19,8 +19,8 @@ constexpr int64_t kChunkBytes = 128 << 10;
 // Of products with many tokens, in multiply-adds: some 10 µs.
 constexpr int64_t kChunkProducts = 1 << 21;
 
-// Row tiles of a gated pair that few tokens meet at a time.
-constexpr int64_t kPairTiles = 4;
+// Numbers of a gated pair that are joined at a time.
+constexpr int64_t kJoin = 2048;
 
 // Tokens whose sums of 64 rows, and of another 64 of a gated pair, stay in the second-level cache.
 constexpr int64_t kPass = 384;
@@ -42,12 +42,6 @@ Product product(const iol_matrix& w, float* out, int64_t stride) {
     return {(const uint8_t*)w.data, w.rows, ceil_div(w.cols, kTileCols) * tile_bytes(w.format), w.format, out, stride};
 }
 
-AddTiles few_tokens_of(int32_t format, int64_t T) {
-    return format == 4   ? add_tiles_of<Int4, true>(T)
-           : format == 5 ? add_tiles_of<Int4m, true>(T)
-                         : add_tiles_of<Int8, true>(T);
-}
-
 // 64 rows, or as many as there are, times groups [first, last) of tokens.
 void many_tokens(const Product& p, int64_t row_tile, const Activations& a, int64_t first, int64_t last, float* sums) {
     const uint8_t* tile = p.data + row_tile * p.row_bytes;
@@ -56,9 +50,12 @@ void many_tokens(const Product& p, int64_t row_tile, const Activations& a, int64
     rows(tile, row_tiles, a, first, last, sums);
 }
 
-// gate = gelu(gate) * up over count numbers, a multiple of W.
+// gate = gelu(gate) * up over count numbers.
 void join(float* gate, const float* up, int64_t count) {
-    for (int64_t i = 0; i < count; i += W) store(gate + i, gelu(load(gate + i)) * load(up + i));
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(gate + i, gelu(load(gate + i)) * load(up + i));
+    const int64_t rest = count - i;
+    if (rest) store_first(gate + i, gelu(load_first(gate + i, rest)) * load_first(up + i, rest), rest);
 }
 
 // Sums [tokens][width] of the rows from `row` on, as far as there are rows, to where they belong.
@@ -73,30 +70,21 @@ void put(const Product& p, int64_t row, int64_t width, int64_t token, int64_t to
     }
 }
 
-// Sixteen rows of a matrix times all tokens; of a gated pair some more, so that both are read in long stretches.
-void few_unit(const Product& p, const Product* up, int64_t row_tile, const Activations& a) {
-    alignas(64) float sums[2][kPairTiles][kMost * kTileRows];
-    const int64_t tiles = up ? min(kPairTiles, p.row_tiles() - row_tile) : 1;
-    const Product* pair[2] = {&p, up};
+// Sixteen rows of a matrix times all tokens.
+void few_unit(const Product& p, int64_t row_tile, const Activations& a) {
+    alignas(64) float sums[kMost * kTileRows];
     for (int64_t group = 0; group < a.groups; group++) {
-        const int64_t T = a.size(group), token = a.first(group);
-        const uint8_t* tokens = a.of(group);
-        for (int m = 0; m < 2 && pair[m]; m++) {
-            const AddTiles add = few_tokens_of(pair[m]->format, T);
-            const uint8_t* tile = pair[m]->data + row_tile * pair[m]->row_bytes;
-            for (int64_t i = 0; i < tiles; i++, tile += pair[m]->row_bytes) {
-                for (int64_t j = 0; j < T * kTileRows; j += W) store(sums[m][i] + j, vf{});
-                add(tile, a.blocks / 2, tokens, sums[m][i], kTileRows);
-            }
-        }
-        for (int64_t i = 0; i < tiles; i++) {
-            if (up) join(sums[0][i], sums[1][i], T * kTileRows);
-            put(p, (row_tile + i) * kTileRows, kTileRows, token, T, sums[0][i]);
-        }
+        const int64_t T = a.size(group);
+        const AddTiles add = p.format == 4   ? add_tiles_of<Int4, true>(T)
+                             : p.format == 5 ? add_tiles_of<Int4m, true>(T)
+                                             : add_tiles_of<Int8, true>(T);
+        for (int64_t i = 0; i < T * kTileRows; i++) sums[i] = 0.0f;
+        add(p.data + row_tile * p.row_bytes, a.blocks / 2, a.of(group), sums, kTileRows);
+        put(p, row_tile * kTileRows, kTileRows, a.first(group), T, sums);
     }
 }
 
-// The same for 64 rows.
+// 64 rows of a matrix, or of the two of a gated pair (up is null otherwise), times all tokens.
 void many_unit(const Product& p, const Product* up, int64_t row_tile, const Activations& a) {
     const int64_t step = kPass / kPanelTokens;  // groups
     float* sums = (float*)iol_scratch(IOL_SCRATCH_TASK, 2 * kPass * kPanelRows * sizeof(float));
@@ -113,10 +101,10 @@ void many_unit(const Product& p, const Product* up, int64_t row_tile, const Acti
     }
 }
 
-// All products of one input, in one loop over the pool. up: the second matrix of a gated pair, or null.
+// All products of one input, in one loop over the pool. up: the second matrix of a gated pair of many tokens, or null.
 void multiply(iol_pool* pool, const Product* products, int64_t count, const Product* up, const Activations& a) {
     const bool many = a.n > kFew;
-    const int64_t tiles = many ? kPanelTiles : up ? kPairTiles : 1;
+    const int64_t tiles = many ? kPanelTiles : 1;
     int64_t units = 0, bytes = 0;
     for (int64_t i = 0; i < count; i++) {
         units += ceil_div(products[i].row_tiles(), tiles);
@@ -129,7 +117,11 @@ void multiply(iol_pool* pool, const Product* products, int64_t count, const Prod
         for (int64_t unit = begin, before = 0; unit < end; unit++) {
             // Units are counted through all products.
             for (int64_t own; unit >= before + (own = ceil_div(p->row_tiles(), tiles)); p++) before += own;
-            (many ? many_unit : few_unit)(*p, up, (unit - before) * tiles, a);
+            if (many) {
+                many_unit(*p, up, (unit - before) * tiles, a);
+            } else {
+                few_unit(*p, unit - before, a);
+            }
         }
     });
 }
@@ -159,8 +151,22 @@ void linear(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, int64_t
 void gated(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, const iol_matrix* gate, const iol_matrix* up,
            float* out, int64_t out_stride) {
     const Activations a = quantise(pool, x, x_stride, n, gate->cols);
-    const Product first = product(*gate, out, out_stride), second = product(*up, out, out_stride);
-    multiply(pool, &first, 1, &second, a);
+    const int64_t rows = gate->rows;
+    if (n > kFew) {
+        const Product first = product(*gate, out, out_stride), second = product(*up, out, out_stride);
+        return multiply(pool, &first, 1, &second, a);
+    }
+    // Going back and forth between the two costs more than joining them afterwards: each thread reads one stretch.
+    float* other = (float*)iol_scratch(IOL_SCRATCH_GATED, (size_t)(n * rows) * sizeof(float));
+    const Product both[2] = {product(*gate, out, out_stride), product(*up, other, rows)};
+    multiply(pool, both, 2, nullptr, a);
+    const int64_t pieces = ceil_div(rows, kJoin);  // of a token
+    for_ranges(pool, n * pieces, 8 * kJoin, [=](int64_t begin, int64_t end) {
+        for (int64_t piece = begin; piece < end; piece++) {
+            const int64_t token = piece / pieces, row = piece % pieces * kJoin;
+            join(out + token * out_stride + row, other + token * rows + row, min(kJoin, rows - row));
+        }
+    });
 }
 
 }  // namespace IOL_ISA
