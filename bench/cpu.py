@@ -25,7 +25,7 @@ from typing import Any
 
 from iolite.errors import IoliteError, UsageError
 from iolite.evals.machine import hardware, physical_cores
-from iolite.evals.speed import Spread, repetitions, share_of
+from iolite.evals.speed import Spread, repetitions, share_of, steady_step
 
 PARTS = ("load", "memory", "decode", "passes", "prefill")
 Record = dict[str, Any]
@@ -158,7 +158,7 @@ def measure_decode(plan: Plan, engines: Sequence[Engine], log: Log) -> None:
         around = [ours.call("bandwidth")]
         for turn in range(plan.repeat):
             for engine, count in zip(engines, times, strict=True):
-                seconds = engine.step(depth, times=count)
+                seconds = steady_step(engine, depth, count)
                 around = [around[-1], ours.call("bandwidth")]
                 sample: Record = {"depth": depth, "turn": turn, "seconds": seconds, "bandwidth": around}
                 if engine is ours:
@@ -174,6 +174,7 @@ def measure_passes(plan: Plan, engines: Sequence[Engine], log: Log) -> None:
     for turn in range(plan.repeat):
         for n in sizes:
             for engine in engines:
+                engine.step(depth)  # the first one after the other engine's is slow
                 before, several, after = (engine.step(depth, m, times[engine.name, m]) for m in (1, n, 1))
                 log.add("passes", engine.name, tokens=n, turn=turn, seconds=several, one=[before, after])
 

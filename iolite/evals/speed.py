@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 """Takes a line for people as soon as something is known."""
 
 _CHUNK = 512  # tokens of a cache that are filled at once
-_LEAST_SECONDS = 0.2  # a sample of short steps is made of as many as fill this
+_LEAST_SECONDS = 0.5  # a sample of short steps is made of as many as fill this
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def measure_decode(
     shares: dict[int, list[float]] = {depth: [] for depth in depths}
     for turn in range(repeat):
         for depth in depths:
-            seconds[depth].append(subject.step(depth, times=times[depth]))
+            seconds[depth].append(steady_step(subject, depth, times[depth]))
             bandwidths.append(probe.bandwidth())
             rate = subject.bytes_per_token(depth) / seconds[depth][-1] / 1e9
             shares[depth].append(share_of(rate, bandwidths[-2:]))
@@ -301,6 +301,16 @@ def repetitions(subject: Timed, depth: int, tokens: int = 1) -> int:
     """How many steps make a sample that a clock can measure; the two that tell are also the warm-up."""
     subject.step(depth, tokens)
     return max(1, round(_LEAST_SECONDS / subject.step(depth, tokens)))
+
+
+def steady_step(subject: Timed, depth: int, times: int = 1) -> float:
+    """Seconds of a step among steps, as tokens are drawn one after another.
+
+    The first one after a pause or a probe finds the processor's caches emptied, takes up to half as long again, and is
+    not counted.
+    """
+    subject.step(depth)
+    return subject.step(depth, times=times)
 
 
 def measure_load(load: Callable[[], Model]) -> tuple[Model, dict[str, Any]]:

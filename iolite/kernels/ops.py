@@ -98,7 +98,7 @@ def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> 
 def block(layer: nn.Module, x: Tensor) -> cpu.Block | None:
     """The two halves of a decoder layer around attention as one call each, for few tokens x [N, M] and packed weights;
     None where the layer has to be gone through operation by operation."""
-    return cpu.block(layer) if x.dim() == 2 and 0 < x.shape[0] <= cpu.MOST_TOKENS and _on_cpu(x) else None
+    return cpu.block(layer) if x.dim() == 2 and 0 < x.shape[0] <= cpu.MOST_TOKENS and _packed(x) is cpu else None
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
