@@ -24,6 +24,18 @@ from iolite.quant.formats import FORMATS, INT4, PackedMatrix, quantise
 ROOT = Path(iolite.__file__).parents[1]
 
 
+def _no_compiler() -> str:
+    """Why C++ cannot be compiled here, or nothing."""
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        return str(error)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(_no_compiler()), reason=_no_compiler())
+
+
 @pytest.fixture(name="best", autouse=True)
 def _best(request: pytest.FixtureRequest) -> Any:
     with code_path(ISAS[-1] if cpu.load() is None else cpu.isa(), cpu.threads() if cpu.load() else 1):
@@ -145,6 +157,7 @@ def test_a_library_that_is_missing_broken_or_old_is_said(tmp_path: Path, monkeyp
     assert "built from other sources" in library._open()[1]
 
 
+@needs_compiler
 def test_structures_have_the_size_that_c_gives_them(tmp_path: Path) -> None:
     source = tmp_path / "sizes.cpp"
     numbers = "sizeof(iol_matrix), sizeof(iol_attention_args), offsetof(iol_attention_args, out)"
@@ -244,6 +257,7 @@ int main() {
 """
 
 
+@needs_compiler
 def test_every_thread_takes_part_in_every_job(tmp_path: Path) -> None:
     (tmp_path / "meetings.cpp").write_text(MEETINGS)
     sources = [str(tmp_path / "meetings.cpp"), str(build.FOLDER / "pool.cpp")]
