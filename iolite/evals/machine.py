@@ -28,7 +28,7 @@ import iolite
 from iolite.device import physical_memory
 from iolite.kernels.cpu import library, probe
 
-# Far beyond any processor's cache: of 256 MiB, 32 MiB of cache give back some 5 % in every round.
+# Far beyond any processor's cache, which would give back its part of the buffer in every round.
 _POOL_BYTES = 1 << 30
 
 

@@ -306,8 +306,7 @@ def repetitions(subject: Timed, depth: int, tokens: int = 1) -> int:
 def steady_step(subject: Timed, depth: int, times: int = 1) -> float:
     """Seconds of a step among steps, as tokens are drawn one after another.
 
-    The first one after a pause or a probe finds the processor's caches emptied, takes up to half as long again, and is
-    not counted.
+    The first one after a pause or a probe finds the processor's caches emptied and is not counted.
     """
     subject.step(depth)
     return subject.step(depth, times=times)

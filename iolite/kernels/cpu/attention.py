@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iolite.kernels.cpu.library import AttentionArgs, load
+from iolite.kernels.cpu.library import AttentionArgs, loaded
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # kv_type in iolite.h
 
@@ -40,8 +40,7 @@ def attention(
         assert blocks.shape == (n,)
         blocks = blocks.to(torch.int64).contiguous()
     out = torch.empty_like(q)
-    library = load()
-    assert library is not None, "ask load() first"
+    library = loaded()
     library.attention(
         library.pool,
         AttentionArgs(

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from iolite.kernels.cpu.library import BlockArg, Library, load
+from iolite.kernels.cpu.library import BlockArg, loaded
 from iolite.kernels.cpu.products import matrix_argument
 
 MOST_TOKENS = 24
@@ -93,7 +93,7 @@ class Block:
         assert cos.dtype is sin.dtype is torch.float32
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         q, k, v = torch.empty(n, self._heads, D), torch.empty(n, self._kv_heads, D), torch.empty(n, self._kv_heads, D)
-        library = _library()
+        library = loaded()
         library.block_begin(
             library.pool, self._at, x.data_ptr(), n, cos.data_ptr(), sin.data_ptr(),
             q.data_ptr(), k.data_ptr(), v.data_ptr(),
@@ -105,7 +105,7 @@ class Block:
         assert attended.shape == (x.shape[0], self._heads, self._head_dim) and x.shape[1] == self._size
         x, attended = x.contiguous(), attended.contiguous()
         out = torch.empty_like(x)
-        library = _library()
+        library = loaded()
         library.block_end(library.pool, self._at, x.data_ptr(), attended.data_ptr(), x.shape[0], out.data_ptr())
         return out
 
@@ -125,9 +125,3 @@ def _at(module: nn.Module, path: str) -> Tensor:
     tensor = getattr(module.get_submodule(owner), name)
     assert isinstance(tensor, Tensor)
     return tensor
-
-
-def _library() -> Library:
-    library = load()
-    assert library is not None, "ask load() first"
-    return library

@@ -19,9 +19,6 @@ constexpr int64_t kChunkBytes = 128 << 10;
 // Of products with many tokens, in multiply-adds: some 10 µs.
 constexpr int64_t kChunkProducts = 1 << 21;
 
-// Numbers of a gated pair that are joined at a time.
-constexpr int64_t kJoin = 2048;
-
 // Tokens whose sums of 64 rows, and of another 64 of a gated pair, stay in the second-level cache.
 constexpr int64_t kPass = 384;
 
@@ -50,12 +47,9 @@ void many_tokens(const Product& p, int64_t row_tile, const Activations& a, int64
     rows(tile, row_tiles, a, first, last, sums);
 }
 
-// gate = gelu(gate) * up over count numbers.
+// gate = gelu(gate) * up over count numbers, a multiple of W.
 void join(float* gate, const float* up, int64_t count) {
-    int64_t i = 0;
-    for (; i + W <= count; i += W) store(gate + i, gelu(load(gate + i)) * load(up + i));
-    const int64_t rest = count - i;
-    if (rest) store_first(gate + i, gelu(load_first(gate + i, rest)) * load_first(up + i, rest), rest);
+    for (int64_t i = 0; i < count; i += W) store(gate + i, gelu(load(gate + i)) * load(up + i));
 }
 
 // Sums [tokens][width] of the rows from `row` on, as far as there are rows, to where they belong.
@@ -160,13 +154,10 @@ void gated(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, const io
     float* other = (float*)iol_scratch(IOL_SCRATCH_GATED, (size_t)(n * rows) * sizeof(float));
     const Product both[2] = {product(*gate, out, out_stride), product(*up, other, rows)};
     multiply(pool, both, 2, nullptr, a);
-    const int64_t pieces = ceil_div(rows, kJoin);  // of a token
-    for_ranges(pool, n * pieces, 8 * kJoin, [=](int64_t begin, int64_t end) {
-        for (int64_t piece = begin; piece < end; piece++) {
-            const int64_t token = piece / pieces, row = piece % pieces * kJoin;
-            join(out + token * out_stride + row, other + token * rows + row, min(kJoin, rows - row));
-        }
-    });
+    for (int64_t t = 0; t < n; t++) {
+        float* row = out + t * out_stride;
+        geglu(pool, row, other + t * rows, rows, row);
+    }
 }
 
 }  // namespace IOL_ISA

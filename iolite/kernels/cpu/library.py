@@ -153,17 +153,17 @@ def reason() -> str:
 
 def isa() -> str:
     """The code path in use: "avx512", "avx2", "neon" or "portable"."""
-    return str(_loaded().isa().decode())
+    return str(loaded().isa().decode())
 
 
 def isas() -> list[str]:
     """The code paths that this processor runs, best first."""
-    return [name for name in _loaded().isas().decode().split() if not name.startswith("-")]
+    return [name for name in loaded().isas().decode().split() if not name.startswith("-")]
 
 
 def threads() -> int:
     """How many threads share the work."""
-    return _loaded().threads
+    return loaded().threads
 
 
 def set_threads(count: int) -> None:
@@ -173,10 +173,11 @@ def set_threads(count: int) -> None:
     """
     if count < 0:
         raise UsageError(f"{count} threads are not possible", "give a positive number, or 0 for one on each core")
-    _loaded().set_threads(count)
+    loaded().set_threads(count)
 
 
-def _loaded() -> Library:
+def loaded() -> Library:
+    """The library. Raises UsageError where there is none."""
     library = load()
     if library is None:
         raise UsageError(f"the C++ kernels are not in use: {_reason}")

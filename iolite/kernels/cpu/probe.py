@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iolite.kernels.cpu.library import Library, load
+from iolite.kernels.cpu.library import loaded
 
 
 def bandwidth(bytes: int, seconds: float) -> float:
@@ -11,17 +11,11 @@ def bandwidth(bytes: int, seconds: float) -> float:
     Memory in huge pages, one stream for each thread; the median. The first call tries a few ways to
     read and keeps to the best.
     """
-    library = _library()
+    library = loaded()
     return float(library.probe_bandwidth(library.pool, bytes, seconds))
 
 
 def int8_rate(seconds: float) -> float:
     """Billions of int8 multiply-adds a second, in registers, by all threads, with the code path in use."""
-    library = _library()
+    library = loaded()
     return float(library.probe_int8(library.pool, seconds))
-
-
-def _library() -> Library:
-    library = load()
-    assert library is not None, "ask load() first"
-    return library

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iolite.kernels.contracts import Matrix
-from iolite.kernels.cpu.library import Library, MatrixArg, load
+from iolite.kernels.cpu.library import MatrixArg, loaded
 
 # What C is told about matrices, by where they lie. A pointer stays valid as long as a call's matrices do.
 _arguments: dict[tuple[tuple[int, int, int, int], ...], Any] = {}
@@ -29,7 +29,7 @@ def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
     if n:
         pointers = (c_void_p * count)(*[out.data_ptr() for out in outs])
         strides = (c_int64 * count)(*[m.rows for m in matrices])
-        library = _library()
+        library = loaded()
         library.linear(library.pool, rows.data_ptr(), stride, n, count, _argument(matrices), pointers, strides)
     return outs
 
@@ -41,16 +41,10 @@ def gated(x: Tensor, gate: Matrix, up: Matrix) -> Tensor:
     rows, n, stride = _tokens(x, gate.cols)
     out = torch.empty((*x.shape[:-1], gate.rows), dtype=torch.float32)
     if n:
-        library = _library()
+        library = loaded()
         both = _argument((gate, up))
         library.gated(library.pool, rows.data_ptr(), stride, n, both[0], both[1], out.data_ptr(), gate.rows)
     return out
-
-
-def _library() -> Library:
-    library = load()
-    assert library is not None, "ask load() first"
-    return library
 
 
 def _tokens(x: Tensor, cols: int) -> tuple[Tensor, int, int]:

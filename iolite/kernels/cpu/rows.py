@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iolite.kernels.contracts import Matrix
-from iolite.kernels.cpu.library import Library, MatrixArg, load
+from iolite.kernels.cpu.library import MatrixArg, loaded
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
         w = _weight(weight, size)
-        library = _library()
+        library = loaded()
         library.rms_norm(library.pool, x.data_ptr(), _at(w), eps, x.numel() // size, size, out.data_ptr())
     return out
 
@@ -31,7 +31,7 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, scale:
     out = torch.empty_like(x)
     if x.numel():
         w = _weight(weight, size)
-        library = _library()
+        library = loaded()
         library.add_rms_norm(
             library.pool, residual.data_ptr(), x.data_ptr(), _at(w), eps, scale, x.numel() // size, size, out.data_ptr()
         )
@@ -54,7 +54,7 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, 
     if cos is not None and sin is not None:
         assert size % 2 == 0 and cos.shape == sin.shape == (n, size // 2)
         c, s = cos.float().contiguous(), sin.float().contiguous()
-    library = _library()
+    library = loaded()
     library.norm_rope(
         library.pool, x.data_ptr(), x.stride(0), _at(w), eps, _at(c), _at(s), n, heads, size, out.data_ptr()
     )
@@ -66,7 +66,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.shape == up.shape and gate.dtype is up.dtype is torch.float32
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    library = _library()
+    library = loaded()
     library.geglu(library.pool, gate.data_ptr(), up.data_ptr(), out.numel(), out.data_ptr())
     return out
 
@@ -76,7 +76,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     assert x.dtype is torch.float32
     x = x.contiguous()
     out = torch.empty_like(x)
-    library = _library()
+    library = loaded()
     library.softcap(library.pool, x.data_ptr(), cap, out.numel(), out.data_ptr())
     return out
 
@@ -99,15 +99,9 @@ def embed(matrix: Matrix, ids: Tensor, scale: float = 1.0) -> Tensor:
     data = matrix.data
     assert data.is_contiguous() and data.dtype is torch.uint8
     table = MatrixArg(data.data_ptr(), matrix.rows, matrix.cols, matrix.format.code)
-    library = _library()
+    library = loaded()
     library.embed(library.pool, table, flat.data_ptr(), flat.numel(), scale, out.data_ptr())
     return out
-
-
-def _library() -> Library:
-    library = load()
-    assert library is not None, "ask load() first"
-    return library
 
 
 def _weight(weight: Tensor | None, size: int) -> Tensor | None:
