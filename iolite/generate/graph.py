@@ -43,14 +43,15 @@ class StaticBatch:
         self.config, self.cache, self.length, self.media = config, cache, length, Media()
         self.positions = length + torch.arange(n, device=length.device)
 
-    def attend(self, layer: int) -> Attend:
+    def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
         window = None if self.config.is_full(layer) else self.config.sliding_window
-        keys, values = buffers(self.cache, layer)
+        rows = self.cache.layers[layer]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            ring.write(keys, k, self.length)
-            ring.write(values, v, self.length)
-            return ring.attend(q, keys, values, self.length, window)
+            for store, new in zip(rows.stores, rows.encode(k, v, key_weight), strict=True):
+                ring.write(store, new, self.length)
+            keys = rows.keys(rows.stores, 0, 0, rows.buffers[0].shape[0])
+            return rows.layout.output(ring.attend(rows.layout.queries(q, key_weight), keys, self.length, window))
 
         return attend
 
@@ -58,21 +59,17 @@ class StaticBatch:
         pass
 
 
-def buffers(cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [rows, K, D] of one layer, as far as they have grown."""
-    rows = cache.layers[layer]
-    assert isinstance(rows, GrowingCache | RingCache) and rows.k is not None and rows.v is not None
-    return rows.k, rows.v
-
-
 def reserve(cache: KVCache, tokens: int) -> bool:
     """Makes room for that many tokens in a cache that has read some already; whether any buffer was replaced."""
     replaced = False
-    for number, layer in enumerate(cache.layers):
-        old, _ = buffers(cache, number)
-        assert isinstance(layer, GrowingCache | RingCache)
-        new, _ = layer.reserve(tokens if isinstance(layer, GrowingCache) else layer.limit, old)
-        replaced |= new is not old
+    for layer in cache.layers:
+        old = layer.buffers[0]
+        wanted = tokens if isinstance(layer, GrowingCache) else layer.limit
+        layer.reserve(wanted, old.device, old.dtype)
+        layer.used = max(layer.used, min(tokens, layer.limit))
+        if isinstance(layer, RingCache):
+            layer.oldest = max(layer.oldest, tokens - layer.limit)
+        replaced |= layer.buffers[0] is not old
     return replaced
 
 

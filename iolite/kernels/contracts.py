@@ -41,7 +41,8 @@ class Matrix(Protocol):
 class Keys:
     """`count` keys and values in order: key s lies in row (first + s) % room of the buffers k and v [rows, K, D].
 
-    rows may be less than room as long as no key lies beyond it. The newest tokens are the last of the keys.
+    rows may be less than room as long as no key lies beyond it. The newest tokens are the last of the keys. k and v may
+    be views of one buffer. In int8 a key or value is its numbers times its scale, float32 [rows, K].
     """
 
     k: Tensor
@@ -49,3 +50,5 @@ class Keys:
     first: int
     count: int
     room: int
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None

@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from iolite.kernels.contracts import Keys, Matrix
 
+_MOST_SCORES = 1 << 25  # of attention at a time: 128 MB in float32
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32, returned in x's dtype.
@@ -101,13 +103,23 @@ def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> 
     """
     n, count = q.shape[0], keys.count
     rows = (torch.arange(count, device=q.device) + keys.first) % keys.room if keys.first else slice(0, count)
-    k, v = keys.k[rows].to(q.dtype), keys.v[rows].to(q.dtype)  # [S, K, D]
-    mask = None
-    if n > 1 or (window is not None and count > window):
-        key_blocks = None if blocks is None else torch.cat((blocks.new_zeros(count - n), blocks))
-        at = torch.arange(count, device=q.device)
-        mask = may_look(at[count - n :], at, blocks, key_blocks, window)
-    return attention(q[None], k[None], v[None], mask)[0]
+    k, v = to_float(keys.k, keys.k_scale, rows, q.dtype), to_float(keys.v, keys.v_scale, rows, q.dtype)  # [S, K, D]
+    if n == 1 and (window is None or count <= window):
+        return attention(q[None], k[None], v[None], None)[0]
+    key_blocks = None if blocks is None else torch.cat((blocks.new_zeros(count - n), blocks))
+    at = torch.arange(count, device=q.device)
+    out = torch.empty_like(q)
+    step = max(1, _MOST_SCORES // (q.shape[1] * count))
+    for i in range(0, n, step):  # scores of some queries at a time: their number is that of all keys
+        some = slice(i, i + step)
+        mask = may_look(at[count - n :][some], at, None if blocks is None else blocks[some], key_blocks, window)
+        out[some] = attention(q[None, some], k[None], v[None], mask)[0]
+    return out
+
+
+def to_float(x: Tensor, scale: Tensor | None, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
+    """Rows of a cache's keys or values [rows, K, D] as numbers of dtype."""
+    return x[rows].to(dtype) if scale is None else (x[rows].float() * scale[rows][..., None]).to(dtype)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:

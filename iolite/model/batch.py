@@ -50,8 +50,9 @@ class Batch(Protocol):
     media: Media
     positions: Tensor
 
-    def attend(self, layer: int) -> Attend:
-        """The attention function of one layer."""
+    def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
+        """The attention function of one layer. key_weight [D] is the weight of its k_norm, which a cache that keeps the
+        value in place of the key needs."""
         ...
 
     def finish(self) -> None:
@@ -88,7 +89,7 @@ class PaddedBatch:
         two_way = torch.from_numpy(blocks).to(device) if blocks.any() else None
         return cls(config, torch.from_numpy(ids).to(device), lengths, two_way, media)
 
-    def attend(self, layer: int) -> Attend:
+    def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
         mask = self._full if self.config.is_full(layer) else self._sliding
         return lambda q, k, v: ops.attention(q, k, v, mask)
 
@@ -113,12 +114,14 @@ class RaggedBatch:
         starts = [torch.arange(s.cache.length, s.cache.length + s.n, device=device) for s in segments]
         self.positions = torch.cat(starts)
 
-    def attend(self, layer: int) -> Attend:
+    def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
         window = None if self.config.is_full(layer) else self.config.sliding_window
 
         def attend_one(segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = segment.cache.layers[layer].extend(k, v, segment.cache.length)
-            return ops.attend(q, keys, window, segment.blocks)
+            rows = segment.cache.layers[layer]
+            keys = rows.extend(k, v, segment.cache.length, key_weight)
+            attended = ops.attend(rows.layout.queries(q, key_weight), keys, window, segment.blocks)
+            return rows.layout.output(attended)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if len(self.segments) == 1:

@@ -31,7 +31,9 @@ class Decoder(nn.Module):
         """x [N, M], already scaled, with soft tokens in place -> hidden states [N, M] after the final norm."""
         angles = {kind: self._angles(kind, batch.positions) for kind in (SLIDING, FULL)}
         for i, layer in enumerate(self.layers):
-            x = layer(x, angles[self.config.layer_types[i]], batch.attend(i))
+            assert isinstance(layer, DecoderLayer)
+            attend = batch.attend(i, layer.self_attn.k_norm.weight)
+            x = layer(x, angles[self.config.layer_types[i]], attend)
         batch.finish()
         return self.norm(x)
 

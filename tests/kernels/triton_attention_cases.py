@@ -32,6 +32,10 @@ def tensors(n: int, heads: int, kv_heads: int, size: int, room: int, dtype: torc
     return tuple(torch.randn(shape, generator=rng).to(DEVICE, dtype) for shape in shapes)
 
 
+def ring_of(k: Tensor, v: Tensor) -> Keys:
+    return Keys(k, v, 0, 0, k.shape[0])
+
+
 def assert_attention(found: Tensor, q: Tensor, keys: Keys, window: int | None) -> None:
     """Within float32 rounding of the reference; in bfloat16, where each share of the softmax is rounded once and the
     result once, within two units in the last place (2^-7) of the largest value."""
@@ -55,7 +59,7 @@ def test_attention(shape: tuple[int, int, int, int], window: int | None, room: i
     )
     assert_attention(found, q, keys, window)
     at = torch.tensor(length, device=DEVICE)
-    assert_attention(triton.attend_ring(q, k, v, at, window), q, keys, window)
+    assert_attention(triton.attend_ring(q, ring_of(k, v), at, window), q, keys, window)
 
 
 def test_bfloat16_and_strides() -> None:
@@ -71,7 +75,7 @@ def test_keys_are_split_in_parts_some_of_which_are_empty() -> None:
     device = torch.device("cpu")
     assert attention._parts(keys=1000, step=32, programs=1, device=device) > 1
     q, k, v = tensors(1, 2, 1, 16, 1000, torch.float32)
-    found = triton.attend_ring(q, k, v, torch.tensor(3, device=DEVICE), None)
+    found = triton.attend_ring(q, ring_of(k, v), torch.tensor(3, device=DEVICE), None)
     assert_attention(found, q, Keys(k, v, 0, 4, 1000), None)
 
 
@@ -92,14 +96,16 @@ def test_more_tokens_and_pictures_are_left_to_the_reference() -> None:
 
 def test_as_an_operator_of_torch_compile() -> None:
     q, k, v = tensors(2, 4, 2, 16, 40, torch.float32)
-    arguments = (q, k, v, torch.tensor(9, device=DEVICE), 12)
-    torch.library.opcheck(attention.ring_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    length = torch.tensor(9, device=DEVICE)
+    operands = (q, k, v, None, None, length, 12)
+    torch.library.opcheck(attention.ring_op, operands, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(triton.attend_ring, backend="aot_eager", fullgraph=True)
+    arguments = (q, ring_of(k, v), length, 12)
     assert torch.equal(compiled(*arguments), triton.attend_ring(*arguments))
 
 
 def test_the_ring_in_plain_torch_is_the_same() -> None:
     q, k, v = tensors(2, 4, 2, 16, 40, torch.float32)
     at = torch.tensor(77, device=DEVICE)
-    found = triton.attend_ring(q, k, v, at, 24)
-    torch.testing.assert_close(found, ring.attend_reference(q, k, v, at, 24), rtol=0, atol=2e-5)
+    found = triton.attend_ring(q, ring_of(k, v), at, 24)
+    torch.testing.assert_close(found, ring.attend_reference(q, ring_of(k, v), at, 24), rtol=0, atol=2e-5)

@@ -19,7 +19,7 @@ from support.oracle import Audio, Image, Piece, Sample, Text, Video, reference_l
 from support.tiny import TINY, reference_model
 from torch import Tensor
 
-from iolite.cache import SLACK, KVCache, RingCache
+from iolite.cache import KVCache, RingCache
 from iolite.checkpoint.folder import load_folder
 from iolite.model.batch import RaggedBatch, Segment, gather_media
 from iolite.model.prefill import chunks, prefill
@@ -33,6 +33,7 @@ EVERYTHING: tuple[Piece, ...] = (
     *(Video(3, 3, 2), Text(5), Audio(2), Text(30)),
 )
 NARROW = TINY["narrow"].window
+SLACK = 64  # of rings, where a test wants them to wrap
 
 
 def head(sample: Sample, stop: int) -> Prompt:
@@ -203,7 +204,7 @@ def test_sliding_layers_never_hold_more_than_a_window_and_slack(load_tiny: Load)
     model = load_tiny("narrow")
     config = model.config.text
     for chunk_size in (1, 5, 100):
-        cache = KVCache(config)
+        cache = KVCache(config, slack=SLACK)
         run_prefill(model, sample_for("narrow", Text(9), Image(6, 5), Text(70 + SLACK)).prompt(), cache, chunk_size)
         for layer in cache.layers:
             if isinstance(layer, RingCache):

@@ -76,18 +76,21 @@ def attention(
     past: int,
     window: int = 0,
     blocks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of new tokens q [N, H, D] over `keys` keys, of which key s lies in row (first + s) % room of k and v.
 
-    Query i stands at key past + i; window 0 is none. More than 8 tokens, or tokens of pictures (`blocks` [N]), are left
-    to the reference, which is torch's own attention.
+    Query i stands at key past + i; window 0 is none. k and v in int8 have scales [rows, K]. More than 8 tokens, or
+    tokens of pictures (`blocks` [N]), are left to the reference, which is torch's own attention.
     """
     if blocks is not None or q.shape[0] > MAX_TOKENS:
-        return reference.attend(q, Keys(k, v, first, keys, room), window or None, blocks)
-    return _attention.attend(q, k, v, room=room, window=window, past=past, first=first, length=None)
+        return reference.attend(q, Keys(k, v, first, keys, room, k_scale, v_scale), window or None, blocks)
+    scales = (k_scale, v_scale)
+    return _attention.attend(q, k, v, scales, room=room, window=window, past=past, first=first, length=None)
 
 
-def attend_ring(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | None) -> Tensor:
+def attend_ring(q: Tensor, keys: Keys, length: Tensor, window: int | None) -> Tensor:
     """As `iolite.kernels.ring.attend`: the number of tokens before the new ones is a tensor on the device."""
     operator = _attention.ring_op if torch.compiler.is_compiling() else _attention.ring
-    return operator(q, k, v, length, window or 0)
+    return operator(q, keys.k, keys.v, keys.k_scale, keys.v_scale, length, window or 0)

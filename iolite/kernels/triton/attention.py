@@ -28,12 +28,14 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # the hardware has exp2
 
 @triton.jit(do_not_specialize=["first", "past"])
 def _attend(
-    q, k, v, totals, stats, length, first, past, room, window, tokens, heads,
-    q_token, q_head, k_row, k_head, v_row, v_head,
+    q, k, v, k_scale, v_scale, totals, stats, length, first, past, room, window, tokens, heads,
+    q_token, q_head, k_row, k_head, v_row, v_head, scale_row, scale_head,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    PARTS: tl.constexpr, ON_DEVICE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """totals [P, N * H, D] and stats [P, N * H, 2]: sums of values not yet divided, and their (maximum, divisor).
+
+    SCALED: k and v are int8, and a score is multiplied with its key's scale, a weight with its value's.
 
     Row r of a program's queries is token r // GROUP and head r % GROUP of those that share the key-value head.
     """
@@ -60,6 +62,8 @@ def _attend(
         inside = (s < stop)[:, None] & (d < D)[None, :]
         key = tl.load(k + at[:, None] * k_row + head * k_head + d[None, :], inside, 0.0).to(query.dtype)
         score = dot(query, tl.trans(key), tl.zeros((QUERIES, KEYS), tl.float32))
+        if SCALED:
+            score *= tl.load(k_scale + at * scale_row + head * scale_head, s < stop, 0.0)[None, :]
         distance = past + token[:, None] - s[None, :]
         looks = (s < stop)[None, :] & (distance >= 0) & ((window == 0) | (distance < window))
         score = tl.where(looks, score, -float("inf"))
@@ -68,6 +72,8 @@ def _attend(
         weight = tl.exp2((score - base[:, None]) * _LOG2E)
         shrink = tl.exp2((top - base) * _LOG2E)
         mass = mass * shrink + tl.sum(weight, axis=1)
+        if SCALED:
+            weight *= tl.load(v_scale + at * scale_row + head * scale_head, s < stop, 0.0)[None, :]
         value = tl.load(v + at[:, None] * v_row + head * v_head + d[None, :], inside, 0.0).to(query.dtype)
         total = dot(weight.to(query.dtype), value, total * shrink[:, None])
         top = new_top
@@ -92,10 +98,20 @@ def _merge(totals, stats, out, rows, D: tl.constexpr, WIDTH: tl.constexpr, PARTS
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, room: int, window: int, past: int = 0, first: int = 0, length: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    *,
+    room: int,
+    window: int,
+    past: int = 0,
+    first: int = 0,
+    length: Tensor | None,
 ) -> Tensor:
     """softmax(q · k) · v with scale 1 for q [N, H, D], N small, over buffers k, v [rows, K, D] -> [N, H, D].
 
+    scales [rows, K] of keys and values in int8; both of the same strides.
     Query i stands at key past + i and sees the keys up to there, the last `window` of them unless that is 0. With
     `length`, an integer tensor on the device that counts the tokens before the new ones, past and first follow from
     it: the token at position p lies in row p % room, and min(length, window - 1) of the past are looked at.
@@ -113,12 +129,14 @@ def attend(
     totals = q.new_empty(parts, tokens * heads, size, dtype=torch.float32)
     stats = q.new_empty(parts, tokens * heads, 2, dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_scale, v_scale = (stats if scale is None else scale for scale in scales)
     with torch.cuda.device_of(q):
         _attend[(kv_heads, parts, blocks)](
-            q, k, v, totals, stats, stats if length is None else length, first, past, room, window, tokens, heads,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            q, k, v, k_scale, v_scale, totals, stats, stats if length is None else length, first, past, room, window,
+            tokens, heads, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            k_scale.stride(0), k_scale.stride(1),
             GROUP=group, D=size, WIDTH=width, QUERIES=queries, KEYS=step, PARTS=parts, ON_DEVICE=length is not None,
-            num_warps=4 if width <= 256 else 8, num_stages=2, **OPTIONS,
+            SCALED=scales[0] is not None, num_warps=4 if width <= 256 else 8, num_stages=2, **OPTIONS,
         )  # fmt: skip
         block = min(64, width)
         _merge[(tokens * heads, triton.cdiv(size, block))](
@@ -133,8 +151,10 @@ def _parts(keys: int, step: int, programs: int, device: torch.device) -> int:
     return triton.next_power_of_2(max(1, wanted))
 
 
-def ring(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int) -> Tensor:
-    return attend(q, k, v, room=k.shape[0], window=window, length=length)
+def ring(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, window: int
+) -> Tensor:
+    return attend(q, k, v, (k_scale, v_scale), room=k.shape[0], window=window, length=length)
 
 
 ring_op = torch.library.custom_op("iolite::attend_ring", ring, mutates_args=())
@@ -142,5 +162,7 @@ ring_op = torch.library.custom_op("iolite::attend_ring", ring, mutates_args=())
 
 
 @ring_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, window: int
+) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
