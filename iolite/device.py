@@ -8,12 +8,19 @@ cpu    bfloat16 only where the CPU multiplies it in hardware, float32 otherwise 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from iolite.errors import UsageError
+from iolite.memory import (
+    RUNTIME,
+    SMALL_PARAMETERS,
+    available_memory,
+    physical_memory,
+    resident_memory,
+    stated_memory,
+)
 
 DTYPES = {
     "float32": torch.float32,
@@ -23,7 +30,6 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-SMALL_PARAMETERS = 200_000_000  # float32 weights of under 0.8 GB: nothing is gained by halving them
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,15 @@ def _cpu_dtype(checkpoint_dtype: str, parameters: int | None) -> tuple[torch.dty
     return torch.float32, "this CPU has no bfloat16 arithmetic"
 
 
-def physical_memory() -> int | None:
-    """Bytes of memory in this machine, or None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, or what IOLITE_MEMORY says; None where the system does not say.
+
+    What this process holds already counts as free as far as a process without a model would hold it too.
+    """
+    if (stated := stated_memory()) is not None:
+        return stated
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return None if free is None else free + min(resident_memory(), RUNTIME)
 
 
 def _cpu_has_fast_bfloat16() -> bool:

@@ -8,6 +8,7 @@ from datetime import datetime
 import click
 
 from iolite.cli.terminal import put
+from iolite.memory import human_bytes
 
 
 @click.command()
@@ -40,12 +41,3 @@ def command(as_json: bool) -> None:
     widths = [max(len(row[i]) for row in table) for i in range(5)]
     for row in table:
         put("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
-
-
-def human_bytes(count: float) -> str:
-    """Bytes for people, in powers of 1000 as the Hub and disks count: "23.92 GB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -23,15 +23,18 @@ from torch import Tensor
 
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.names import expected_shapes
-from iolite.checkpoint.packing import read_weights
-from iolite.checkpoint.source import open_source
+from iolite.checkpoint.packing import PackingSource, read_weights
+from iolite.checkpoint.plan import LEAST_CONTEXT, plan
+from iolite.checkpoint.source import Source, open_source
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
-from iolite.device import Choice, choose
+from iolite.device import Choice, choose, free_memory
 from iolite.errors import UsageError
 from iolite.generate.loop import Decoding, Progress, StopStrings, check_fits, prompt_logits
 from iolite.generate.reply import Reply
 from iolite.generate.sampling import SamplingParams
 from iolite.generate.stream import ReplyStream
+from iolite.kernels import cpu
+from iolite.memory import human_bytes
 from iolite.model.unified import Unified
 from iolite.prompt import Prompt, PromptBuilder, check_tokenizer
 from iolite.quant.schemes import scheme_named
@@ -73,8 +76,10 @@ def load(
     called while weights are packed or read from the disk.
 
     dtype and device are chosen when not given (`model.choice.reason` says why). context limits prompt and answer
-    together; by default it is all that the model was made for. Raises DownloadError when the model is not here,
-    CheckpointError when its files are wrong, UsageError for a setting that is not available.
+    together; by default it is all that the model was made for, or as much of it as fits into the memory that is free
+    (then `model.choice.reason` says so too). Raises DownloadError when the model is not here, CheckpointError when its
+    files are wrong, UsageError for a setting that is not available and, before anything is allocated, for a model or a
+    context that does not fit. IOLITE_MEMORY=16GB in the environment stands for the memory that is free.
     """
     begin = time.perf_counter()
     _refuse("drafter", drafter)
@@ -89,6 +94,10 @@ def load(
     parameters = sum(_product(shape) for shape in expected_shapes(config).values())
     choice = choose(device, dtype, config.dtype, parameters, packed=scheme)
     kv_dtype = _kv_dtype(kv, choice, packed=scheme is not None)
+    room = _context_that_fits(source, scheme, kv, choice, context)
+    if context is None and room < limit:
+        note = f"; a context of {room:,} tokens of {limit:,}, which is what fits in memory"
+        choice = replace(choice, reason=choice.reason + note)
     tokenizer = source.tokenizer()
     check_tokenizer(tokenizer, config)
     weights = read_weights(source, quantize, progress)
@@ -107,9 +116,34 @@ def load(
         defaults=source.generation(),
         kv_dtype=kv_dtype,
         scheme=scheme,
-        context=context or limit,
+        context=room,
         load_seconds=time.perf_counter() - begin,
     )
+
+
+def _context_that_fits(source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None) -> int:
+    """Tokens of context that there is memory for: those that were asked for, or as many as fit.
+
+    Raises UsageError, with what would fit, when those asked for do not fit, or hardly any do.
+    """
+    limit = source.config.text.max_position_embeddings
+    packed = PackingSource(source, scheme).packed_formats() if scheme else None
+    planned = plan(
+        source.config,
+        context=asked or limit,
+        quantize=scheme,
+        kv=kv,
+        dtype=choice.dtype_name,
+        memory=free_memory(choice.device),
+        tiles=packed and {name: format.tile_bytes for name, format in packed.items()},
+        compiled=choice.device.type != "cpu" or cpu.load() is not None,
+    )
+    if planned.fits is not False:
+        return planned.context
+    if asked is None and planned.max_context >= min(LEAST_CONTEXT, limit):
+        return planned.max_context
+    what = f"{source.name} with a context of {planned.context:,} tokens takes {human_bytes(planned.total_bytes)}"
+    raise UsageError(f"{what}, and {human_bytes(planned.memory or 0)} of memory are free", planned.advice_text)
 
 
 def _product(shape: tuple[int, ...]) -> int:
