@@ -93,6 +93,11 @@ class LayerCache:
         for store, before in zip(self.stores, old, strict=False):
             store[:room] = before
 
+    def place(self, start: int, n: int) -> None:
+        """Makes room for float32 numbers of positions start..start+n on the CPU that somebody else will write."""
+        self.used = max(self.used, min(start + n, self.limit))
+        self.reserve(self.used, torch.device("cpu"), torch.float32)
+
     def put(self, rows: Sequence[Tensor], first: int) -> None:
         """Writes encoded rows from row `first` on, around the end if need be."""
         n, room = rows[0].shape[0], min(rows[0].shape[0], self.limit - first)
@@ -139,7 +144,7 @@ class RingCache(LayerCache):
         n = k.shape[0]
         past = min(start, self.window - 1)  # the first new query sees that many tokens before itself
         rows = self.encode(k, v, key_weight)
-        if past + n <= self.limit:
+        if self.fits(start, n):
             self.write(rows, start)
             return self.keys(self.stores, (start - past) % self.limit, past + n, self.limit)
         # A chunk that would overwrite what its own first queries still look at is read from a copy.
@@ -153,6 +158,14 @@ class RingCache(LayerCache):
         first = max(start, end - self.limit)
         self.put([new[first - start :] for new in rows], first % self.limit)
         self.oldest = max(self.oldest, end - self.limit)
+
+    def place(self, start: int, n: int) -> None:
+        super().place(start, n)
+        self.oldest = max(self.oldest, start + n - self.limit)
+
+    def fits(self, start: int, n: int) -> bool:
+        """Whether n new tokens leave what their first query sees where it is."""
+        return min(start, self.window - 1) + n <= self.limit
 
     def last(self, end: int, count: int) -> list[Tensor]:
         """Copies of the rows of positions end - count .. end, in order."""
@@ -187,16 +200,23 @@ class KVCache:
                 self.layers.append(GrowingCache(layout, self.max_length, dtype))
             else:
                 self.layers.append(RingCache(layout, config.sliding_window, slack, dtype))
+        self.rings = [layer for layer in self.layers if isinstance(layer, RingCache)]
         self.length = 0
+
+    def place(self, n: int, key_weights: Sequence[Tensor]) -> bool:
+        """Makes room for n more tokens, computed in float32 on the CPU, that a kernel will write to all layers; the
+        caller adds n to `length` afterwards. False, and nothing done, where a ring is too small to write in place."""
+        if not all(ring.fits(self.length, n) for ring in self.rings):
+            return False
+        for layer, weight in zip(self.layers, key_weights, strict=True):
+            layer.layout.take(weight)
+            layer.place(self.length, n)
+        return True
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the rows that have been written; what is reserved beyond them takes no memory on a CPU."""
         return sum(layer.num_bytes for layer in self.layers)
-
-    @property
-    def rings(self) -> list[RingCache]:
-        return [layer for layer in self.layers if isinstance(layer, RingCache)]
 
     @property
     def earliest(self) -> int:

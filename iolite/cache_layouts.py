@@ -15,6 +15,7 @@ Letters: n tokens, K key-value heads, D head size, R turned dimensions, H query 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -28,6 +29,16 @@ class Layout(Protocol):
     """How one layer's keys and values are kept."""
 
     heads: int
+    turned: int
+    """Dimensions that rope turns, where key and value share a vector; 0 where they do not."""
+    factor: Tensor | None
+    """[D], what queries are multiplied with; None for nothing."""
+    unit: float
+    """What the turned part of a key is kept in."""
+
+    def take(self, key_weight: Tensor | None) -> None:
+        """Sets factor and unit for a weight [D] of k_norm. encode and queries do so too."""
+        ...
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,7 +76,11 @@ class Apart:
     names = ("k", "v")
 
     def __init__(self, heads: int, size: int) -> None:
-        self.heads, self.widths = heads, (size, size)
+        self.heads, self.widths, self.turned, self.unit = heads, (size, size), 0, 1.0
+        self.factor: Tensor | None = None
+
+    def take(self, key_weight: Tensor | None) -> None:
+        pass
 
     def encode(self, k: Tensor, v: Tensor, key_weight: Tensor | None) -> tuple[Tensor, ...]:
         return k, v
@@ -88,48 +103,51 @@ class Shared:
 
     def __init__(self, heads: int, size: int, angles: int) -> None:
         """angles: rope turns the pairs j and j + size / 2 for j below it."""
-        turned = [*range(angles), *range(size // 2, size // 2 + angles)]
-        rest = sorted(set(range(size)) - set(turned))
-        self.heads, self.size, self.turned = heads, size, len(turned)
-        self.widths = (size + len(turned),)
-        self._value_order = torch.tensor(turned + rest)
-        self._key_order = torch.tensor(rest + turned)
-        self._model_order = self._value_order.argsort()
+        self.heads, self.size, self.turned = heads, size, 2 * angles
+        self.widths = (size + self.turned,)
         self._weight: Tensor | None = None
-        self._factor = torch.ones(size)
-        self._unit = 1.0
+        self.factor: Tensor | None = None
+        self.unit = 1.0
 
     def encode(self, k: Tensor, v: Tensor, key_weight: Tensor | None) -> tuple[Tensor, ...]:
-        self._prepare(key_weight)
-        turned = k[..., self._value_order[: self.turned]] / self._unit
-        return (torch.cat((v[..., self._value_order], turned), -1),)
+        self.take(key_weight)
+        turned, _ = self._parts(k)
+        return (torch.cat((*self._parts(v), turned / self.unit), -1),)
 
     def views(self, buffers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         (both,) = buffers
         return both[..., self.turned :], both[..., : self.size]
 
     def queries(self, q: Tensor, key_weight: Tensor | None) -> Tensor:
-        self._prepare(key_weight)
-        return (q[..., self._key_order] * self._factor).to(q.dtype)
+        self.take(key_weight)
+        assert self.factor is not None
+        turned, rest = self._parts(q)
+        return (torch.cat((rest, turned), -1) * self.factor).to(q.dtype)
 
     def output(self, attended: Tensor) -> Tensor:
-        return attended[..., self._model_order]
+        # Two parts of each half of a head, as _parts took them out. Slices, since indexing by a tensor starts torch's
+        # own threads, which on a CPU wait for those of the kernels.
+        half = self.turned // 2
+        rest = (self.size - self.turned) // 2
+        a, b, c, d = attended.split((half, half, rest, rest), -1)
+        return torch.cat((a, c, b, d), -1)
 
-    def _prepare(self, key_weight: Tensor | None) -> None:
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., D] -> its turned dimensions [..., R] and the rest [..., D - R]."""
+        half, middle = self.turned // 2, self.size // 2
+        turned = torch.cat((x[..., :half], x[..., middle : middle + half]), -1)
+        return turned, torch.cat((x[..., half:middle], x[..., middle + half :]), -1)
+
+    def take(self, key_weight: Tensor | None) -> None:
         """Takes up a weight. The turned part of a key is kept in units of a power of two near the weight's size there:
         its numbers are then about as large as those of the value, with which it may have to share one int8 scale."""
-        if key_weight is self._weight:
+        if key_weight is self._weight and self.factor is not None:
             return
         assert key_weight is not None, "a layer that shares keys and values needs k_norm's weight"
-        device = key_weight.device
-        self._value_order, self._key_order, self._model_order = (
-            order.to(device) for order in (self._value_order, self._key_order, self._model_order)
-        )
-        factor = key_weight.detach().float()[self._key_order]
-        size = float(factor[self.size - self.turned :].square().mean().sqrt()) if self.turned else 1.0
-        self._unit = 2.0 ** round(torch.tensor(size).log2().item()) if 1e-30 < size < 1e30 else 1.0
-        factor[self.size - self.turned :] = self._unit
-        self._factor, self._weight = factor, key_weight
+        turned, rest = self._parts(key_weight.detach().float())
+        size = float(turned.square().mean().sqrt()) if self.turned else 1.0
+        self.unit = 2.0 ** round(math.log2(size)) if 1e-30 < size < 1e30 else 1.0
+        self.factor, self._weight = torch.cat((rest, torch.full_like(turned, self.unit))), key_weight
 
 
 def layout_of(config: TextConfig, layer: int, shared: bool = True) -> Layout:

@@ -38,6 +38,8 @@ def wanted(device: torch.device) -> bool:
 class StaticBatch:
     """n new tokens of one sequence, whose length is a tensor on the device; its cache's buffers have room for them."""
 
+    sequence = None
+
     def __init__(self, config: TextConfig, cache: KVCache, length: Tensor, n: int) -> None:
         """length: how many tokens the cache holds, an integer tensor without dimensions; cache.length is not read."""
         self.config, self.cache, self.length, self.media = config, cache, length, Media()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -21,8 +21,10 @@ from iolite.kernels.reference import attention, rope_angles
 
 __all__ = [
     "add_rms_norm", "attend", "attention", "block", "embed", "gated", "geglu", "linear", "norm_rope", "only_reference",
-    "project", "rms_norm", "rope_angles", "softcap",
+    "project", "rms_norm", "rope_angles", "softcap", "stack",
 ]  # fmt: skip
+
+Angles = tuple[Tensor, Tensor]
 
 _wants_gradient, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling  # asked hundreds of times a token
 _allowed = os.environ.get("IOLITE_KERNELS", "") != "reference"
@@ -85,12 +87,12 @@ def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> 
     if _on_cpu(q):
         return cpu.attention(
             q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
-            window=window or 0, blocks=blocks,
+            window=window or 0, blocks=blocks, k_scale=keys.k_scale, v_scale=keys.v_scale,
         )  # fmt: skip
     if _allowed and q.device.type == "cuda" and blocks is None and q.shape[0] <= 8 and (gpu := _triton()):
         return gpu.attention(
             q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
-            window=window or 0,
+            window=window or 0, k_scale=keys.k_scale, v_scale=keys.v_scale,
         )  # fmt: skip
     return reference.attend(q, keys, window, blocks)
 
@@ -99,6 +101,14 @@ def block(layer: nn.Module, x: Tensor) -> cpu.Block | None:
     """The two halves of a decoder layer around attention as one call each, for few tokens x [N, M] and packed weights;
     None where the layer has to be gone through operation by operation."""
     return cpu.block(layer) if x.dim() == 2 and 0 < x.shape[0] <= cpu.MOST_TOKENS and _packed(x) is cpu else None
+
+
+def stack(layers: Iterable[nn.Module], x: Tensor, sliding: Angles, full: Angles, cache: object | None) -> Tensor | None:
+    """Few new tokens x [N, M] of one sequence through all decoder layers in one call, writing to its cache; sliding and
+    full are (cos, sin) [N, D/2] of the two kinds of layer. None where the layers have to be gone through one by one."""
+    if cache is None or x.dim() != 2 or not 0 < x.shape[0] <= cpu.MOST_TOKENS or _packed(x) is not cpu:
+        return None
+    return cpu.stack(layers, x, sliding, full, cache)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:

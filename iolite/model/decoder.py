@@ -30,12 +30,18 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [N, M], already scaled, with soft tokens in place -> hidden states [N, M] after the final norm."""
         angles = {kind: self._angles(kind, batch.positions) for kind in (SLIDING, FULL)}
+        hidden = ops.stack(self.layers, x, angles[SLIDING], angles[FULL], batch.sequence)
+        if hidden is None:
+            hidden = self._one_by_one(x, angles, batch)
+        batch.finish()
+        return self.norm(hidden)
+
+    def _one_by_one(self, x: Tensor, angles: dict[str, tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             attend = batch.attend(i, layer.self_attn.k_norm.weight)
             x = layer(x, angles[self.config.layer_types[i]], attend)
-        batch.finish()
-        return self.norm(x)
+        return x
 
     def _angles(self, kind: str, positions: Tensor) -> tuple[Tensor, Tensor]:
         full = kind == FULL

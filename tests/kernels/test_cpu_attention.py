@@ -20,6 +20,7 @@ from support.cpu_kernels import ISAS, UNIT, assert_within, code_path
 from support.emulated import Emulated
 from torch import Tensor
 
+from iolite.cache_layouts import to_int8
 from iolite.kernels import cpu, reference
 from iolite.kernels.contracts import Keys
 
@@ -47,20 +48,26 @@ class Case:
         random = torch.Generator().manual_seed(self.n + 1000 * self.past)
         count = self.past + self.n
         room = count + self.slack
-        # Keys and values overlap in one buffer, neither aligned nor without gaps; rows of no key hold NaN.
+        # Keys and values overlap in one buffer, neither aligned nor without gaps; rows of no key hold NaN, or have
+        # such scales.
         rows = (torch.arange(count) + self.first) % room
-        buffer = torch.full((room, self.kv_heads, 2 * self.size + 3), torch.nan, dtype=self.dtype)
-        buffer[rows] = torch.randn(count, *buffer.shape[1:], generator=random).to(self.dtype)
+        wide = torch.full((room, self.kv_heads, 2 * self.size + 3), torch.nan)
+        wide[rows] = torch.randn(count, *wide.shape[1:], generator=random)
+        buffer, scale = to_int8(wide) if self.dtype is torch.int8 else (wide.to(self.dtype), None)
         k, v = buffer[..., 1 : self.size + 1], buffer[..., self.size // 2 : self.size // 2 + self.size]
         q = torch.randn(self.n, self.kv_heads * self.group, self.size, generator=random)
         q *= self.loud / self.size**0.5
-        exact = reference.attend(q.double(), Keys(k, v, self.first, count, room), self.window or None, blocks)
+        wide_scale = None if scale is None else scale.double()  # whose products with bytes are exact
+        keys = Keys(k, v, self.first, count, room, wide_scale, wide_scale)
+        exact = reference.attend(q.double(), keys, self.window or None, blocks)
         ours = kernels.attention(
-            q, k, v, first=self.first, room=room, keys=count, past=self.past, window=self.window, blocks=blocks
-        )
-        scores = 4 * self.size**0.5 * UNIT * largest_terms(q, k[rows])
-        sums = 64 + 2 * (count // 64 + 1) + 2 * 32 + 8
-        bound = 2 * (scores + EXP + sums * UNIT).double() * v[rows].abs().max().item()
+            q, k, v, first=self.first, room=room, keys=count, past=self.past, window=self.window, blocks=blocks,
+            k_scale=scale, v_scale=scale,
+        )  # fmt: skip
+        read_k, read_v = (reference.to_float(t, scale, rows, torch.float32) for t in (k, v))
+        scores = 4 * self.size**0.5 * UNIT * largest_terms(q, read_k)
+        sums = 64 + 2 * (count // 64 + 1) + 2 * 32 + 8 + 1  # and a product with the scale
+        bound = 2 * (scores + EXP + sums * UNIT).double() * read_v.abs().max().item()
         assert_within(ours, exact, bound[..., None])
 
 
@@ -75,7 +82,7 @@ NEW = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47
 
 
 @paths
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("window", [0, 5, 40, 1024])
 def test_every_number_of_new_tokens(isa: str, window: int, dtype: torch.dtype) -> None:
     for threads in (1, 3):
@@ -92,6 +99,7 @@ def test_every_number_of_keys(isa: str, count: int) -> None:
             Case(1, count - 1).check()
             Case(1, count - 1, kv_heads=1, group=16).check()
             Case(1, count - 1, size=17).check()
+            Case(1, count - 1, size=17, dtype=torch.int8).check()
 
 
 @paths
@@ -108,7 +116,8 @@ def test_any_head(isa: str, size: int, group: int) -> None:
 @pytest.mark.parametrize(("kv_heads", "group", "size", "window"), [(8, 2, 256, 1024), (1, 16, 512, 0)])
 def test_the_heads_of_the_large_model(isa: str, n: int, kv_heads: int, group: int, size: int, window: int) -> None:
     with code_path(isa, 2):
-        Case(n, 1023, kv_heads, group, size, first=700, slack=9, window=window, dtype=torch.bfloat16).check()
+        for dtype in (torch.bfloat16, torch.int8):
+            Case(n, 1023, kv_heads, group, size, first=700, slack=9, window=window, dtype=dtype).check()
 
 
 @paths
@@ -212,13 +221,15 @@ def test_the_same_every_time(isa: str) -> None:
 def test_on_arm(aarch64: Emulated, isa: str, threads: int) -> None:
     aarch64.use(isa, threads)
     for n in NEW:
-        Case(n, 50, window=40 * (n % 2), dtype=(torch.float32, torch.bfloat16)[n % 2]).check(kernels=aarch64)
+        dtype = (torch.float32, torch.bfloat16, torch.int8)[n % 3]
+        Case(n, 50, window=40 * (n % 2), dtype=dtype).check(kernels=aarch64)
     for size in (1, 3, 4, 5, 17, 100, 260):
         Case(1, 200, size=size).check(kernels=aarch64)
         Case(9, 60, kv_heads=3, group=3, size=size, first=30, slack=4).check(kernels=aarch64)
     for n in (1, 3):
         Case(n, 500, 8, 2, 256, first=300, slack=9, window=400, dtype=torch.bfloat16).check(kernels=aarch64)
         Case(n, 300, 1, 16, 512, dtype=torch.bfloat16).check(kernels=aarch64)
+        Case(n, 300, 1, 16, 512, dtype=torch.int8).check(kernels=aarch64)
     for kind in TWO_WAY:
         Case(90, 33, window=25).check(TWO_WAY[kind](90), kernels=aarch64)
         Case(3, 33, window=25).check(TWO_WAY[kind](3), kernels=aarch64)

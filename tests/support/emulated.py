@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from iolite.kernels.contracts import Matrix
+from iolite.kernels.cpu.attention import KINDS
 from iolite.kernels.cpu.build import FOLDER, build, compiler
 from support.programs import need_program
 
 _TARGET = "aarch64-linux-gnu"
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class Emulated:
@@ -80,13 +80,16 @@ class Emulated:
         past: int,
         window: int = 0,
         blocks: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor:
         k, v = k.contiguous(), v.contiguous()
+        scale_strides = (0, 0) if k_scale is None else k_scale.contiguous().stride()
         numbers = (
-            _KINDS[k.dtype], *k.stride()[:2], *v.stride()[:2], q.shape[0], q.shape[1], *k.shape[1:],
+            KINDS[k.dtype], *k.stride()[:2], *v.stride()[:2], *scale_strides, q.shape[0], q.shape[1], *k.shape[1:],
             keys, first, k.shape[0] if room is None else room, past, window,
         )  # fmt: skip
-        return self._floats(q.shape, "attention", q, k, v, blocks, *numbers)
+        return self._floats(q.shape, "attention", q, k, v, blocks, k_scale, v_scale, *numbers)
 
     def _floats(self, shape: torch.Size, name: str, *arguments: Tensor | int | float | None) -> Tensor:
         data = self._call(name, *arguments)

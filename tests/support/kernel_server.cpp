@@ -91,12 +91,13 @@ void gated(iol_pool* pool) {
 }
 
 void attention(iol_pool* pool) {
-    const Array q, k, v, blocks;
+    const Array q, k, v, blocks, k_scale, v_scale;
     iol_attention_args a{};
+    a.k_scale = k_scale.as<float>(), a.v_scale = v_scale.as<float>();
     a.q = q.as<float>(), a.k = k.as<char>(), a.v = v.as<char>(), a.blocks = blocks.as<int64_t>();
     a.kv_type = (int32_t)size();
-    for (int64_t* field : {&a.k_row, &a.k_head, &a.v_row, &a.v_head, &a.N, &a.H, &a.K, &a.D, &a.keys, &a.first, &a.room,
-                           &a.past, &a.window}) {
+    for (int64_t* field : {&a.k_row, &a.k_head, &a.v_row, &a.v_head, &a.scale_row, &a.scale_head, &a.N, &a.H, &a.K, &a.D,
+                           &a.keys, &a.first, &a.room, &a.past, &a.window}) {
         *field = size();
     }
     std::vector<float> out(a.N * a.H * a.D);

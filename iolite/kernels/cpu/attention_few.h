@@ -88,6 +88,13 @@ inline void few_mask(const iol_attention_args& a, const Looks& looks, int64_t ro
     }
 }
 
+// Scores or weights [rows] of n keys, each times its key's scale.
+inline void few_scale(const float* scales, int64_t stride, int64_t rows, int64_t n, float* scores) {
+    for (int64_t j = 0; j < n; j++) {
+        for (int64_t r = 0; r < rows; r++) scores[r * kKeys + j] *= scales[j * stride];
+    }
+}
+
 // Scores of n keys to weights e^(score - most), in place.
 inline void few_softmax(const Sums& sums, int64_t rows, int64_t n, float* scores, float* carry) {
     const int64_t padded = round_up(n, W);
@@ -128,10 +135,12 @@ void attend_few(const Task<T>& t, const Looks& looks) {
                                            scores + r * kKeys + j);
             }
         });
+        if (a.k_scale) few_scale(a.k_scale + at.scales, a.scale_row, t.rows, at.n, scores);
         if (at.key < looks.inner_begin || at.key + at.n > looks.inner_end) {
             few_mask(a, looks, t.rows, at.key, at.n, scores);
         }
         few_softmax(t.sums, t.rows, at.n, scores, carry);
+        if (a.v_scale) few_scale(a.v_scale + at.scales, a.scale_row, t.rows, at.n, scores);
         in_groups(t.rows, [&](auto rows, int64_t r) {
             few_means<rows.value>(scores + r * kKeys, at.v, a.v_row, at.n, a.D, r ? 0 : keys, carry + r,
                                   t.sums.mean + r * t.sums.stride, t.sums.stride);

@@ -92,15 +92,16 @@ template <class T>
 struct KeyBlock {
     const T *k, *v;
     int64_t key, n;
+    int64_t scales;  // of the first key among all scales
 };
 
 template <class T>
 inline KeyBlock<T> block_at(const Task<T>& t, int64_t key) {
     const iol_attention_args& a = *t.args;
-    if (key >= t.key_end) return {nullptr, nullptr, key, 0};
+    if (key >= t.key_end) return {nullptr, nullptr, key, 0, 0};
     const int64_t row = (a.first + key) % a.room;
     return {(const T*)a.k + row * a.k_row + t.head * a.k_head, (const T*)a.v + row * a.v_row + t.head * a.v_head, key,
-            min(min(kKeys, t.key_end - key), a.room - row)};
+            min(min(kKeys, t.key_end - key), a.room - row), row * a.scale_row + t.head * a.scale_head};
 }
 
 inline void clear(const Sums& sums, int64_t rows) {

@@ -183,6 +183,14 @@ inline void tile_mask(const iol_attention_args& a, const Looks& looks, int64_t l
     }
 }
 
+// Scores or weights of n keys, each times its key's scale.
+inline void tile_scale(const float* scales, int64_t stride, const Tile& tile, int64_t n) {
+    for (int64_t j = 0; j < n; j++) {
+        float* const scores = tile.scores + j * tile.lanes;
+        for (int64_t i = 0; i < tile.lanes; i += W) store(scores + i, load(scores + i) * scales[j * stride]);
+    }
+}
+
 // Scores of n keys to weights e^(score - most), in place; a vector of rows at a time.
 inline void tile_softmax(const Sums& sums, const Tile& tile, int64_t n) {
     for (int64_t i = 0; i < tile.lanes; i += W) {
@@ -247,10 +255,12 @@ void attend_tile(const Task<T>& t, const Looks& looks, float* memory) {
         pack_strips(at.k, a.k_row, at.n, a.D, kDepth, tile.keys);
         pack_strips(at.v, a.v_row, at.n, a.D, kStrip, tile.values);
         all_scores(tile, at.n, a.D, ahead, lines);
+        if (a.k_scale) tile_scale(a.k_scale + at.scales, a.scale_row, tile, at.n);
         if (at.key < looks.inner_begin || at.key + at.n > looks.inner_end) {
             tile_mask(a, looks, lanes, at.key, at.n, tile.scores);
         }
         tile_softmax(t.sums, tile, at.n);
+        if (a.v_scale) tile_scale(a.v_scale + at.scales, a.scale_row, tile, at.n);
         all_means(tile, t.sums, t.rows, at.n, a.D, ahead, lines);
         at = next;
     }

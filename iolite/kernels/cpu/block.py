@@ -53,7 +53,7 @@ class Block:
 
     def __init__(self, argument: BlockArg, links: list[Link]) -> None:
         """links: what the argument was made of; it keeps those tensors alive."""
-        self._links, self._argument, self._at = links, argument, byref(argument)
+        self._links, self.argument, self._at = links, argument, byref(argument)
         q, k = argument.qkv[0].rows, argument.qkv[1].rows
         self._size, self._head_dim = argument.size, argument.head_dim
         self._heads, self._kv_heads = q // argument.head_dim, k // argument.head_dim

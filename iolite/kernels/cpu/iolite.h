@@ -93,8 +93,10 @@ typedef struct {
     const float* q; /* [N, H, D] */
     const void* k;
     const void* v;
-    int32_t kv_type;                       /* 0 float, 1 bf16 */
+    int32_t kv_type;                       /* 0 float, 1 bf16, 2 int8 */
     int64_t k_row, k_head, v_row, v_head;  /* strides in elements */
+    const float *k_scale, *v_scale;        /* of int8: a number is its byte times the scale of its row and head */
+    int64_t scale_row, scale_head;
     int64_t N, H, K, D;
     int64_t keys;         /* S */
     int64_t first, room;  /* key s lies in row (first + s) % room */
@@ -129,6 +131,27 @@ IOL_API void iol_block_begin(iol_pool* pool, const iol_block* block, const float
  * times the scalar: out [n, size]. As linear, add_rms_norm, rms_norm and gated would compute it. */
 IOL_API void iol_block_end(iol_pool* pool, const iol_block* block, const float* x, const float* attended, int64_t n,
                            float* out);
+
+/* ---- all decoder blocks ---- */
+
+/* The cache of one layer, as iolite/cache.py keeps it: the token at position p lies in row p % room. */
+typedef struct {
+    void *k, *v;            /* of row 0 and head 0; where turned is not 0 both lie in one vector, v first */
+    float *k_scale, *v_scale;
+    int32_t kv_type;
+    int64_t k_row, k_head, v_row, v_head, scale_row, scale_head;
+    int64_t room;
+    int64_t window;         /* 0: a full layer */
+    int64_t turned;         /* dimensions that rope turns, where keys and values share a vector (cache_layouts.py) */
+    const float* factor;    /* [D]: what queries are multiplied with then, in the order of the kept keys */
+    float unit;             /* what the turned part of a key is kept in */
+} iol_cache;
+
+/* n tokens x [n, size], the first of them at position `start`, through `layers` blocks, in place: keys and values go
+ * into the caches, whose rows are there, and attention reads them. cos and sin [n, D/2] are those of sliding layers,
+ * then those of full ones. The same as iol_block_begin, attention over the cache, and iol_block_end for each. */
+IOL_API void iol_stack(iol_pool* pool, const iol_block* blocks, const iol_cache* caches, int64_t layers, float* x,
+                       int64_t n, int64_t start, const float* const* cos, const float* const* sin);
 
 /* ---- what the machine can do ---- */
 

@@ -123,8 +123,10 @@ void attention(iol_pool* pool, const iol_attention_args* args) {
     if (args->N == 0 || args->H == 0 || args->D == 0) return;
     if (args->kv_type == 0) {
         run<float>(pool, *args);
-    } else {
+    } else if (args->kv_type == 1) {
         run<bf16>(pool, *args);
+    } else {
+        run<int8_t>(pool, *args);
     }
 }
 

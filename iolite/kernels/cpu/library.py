@@ -34,6 +34,10 @@ class AttentionArgs(ctypes.Structure):
         ("k_head", c_int64),
         ("v_row", c_int64),
         ("v_head", c_int64),
+        ("k_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("scale_row", c_int64),
+        ("scale_head", c_int64),
         ("N", c_int64),
         ("H", c_int64),
         ("K", c_int64),
@@ -59,6 +63,19 @@ class BlockArg(ctypes.Structure):
         *((name, c_void_p) for name in ("post_attention_norm", "pre_feedforward_norm", "post_feedforward_norm")),
         ("scalar", c_void_p),
         ("eps", c_float),
+    )
+
+
+class CacheArg(ctypes.Structure):
+    """`iol_cache` of iolite.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("k", "v", "k_scale", "v_scale")),
+        ("kv_type", c_int32),
+        *((name, c_int64) for name in ("k_row", "k_head", "v_row", "v_head", "scale_row", "scale_head")),
+        *((name, c_int64) for name in ("room", "window", "turned")),
+        ("factor", c_void_p),
+        ("unit", c_float),
     )
 
 
@@ -93,6 +110,9 @@ class Library:
         self.attention = self._function("attention", None, p, POINTER(AttentionArgs))
         self.block_begin = self._function("block_begin", None, p, POINTER(BlockArg), p, i, p, p, p, p, p)
         self.block_end = self._function("block_end", None, p, POINTER(BlockArg), p, p, i, p)
+        self.stack = self._function(
+            "stack", None, p, POINTER(BlockArg), POINTER(CacheArg), i, p, i, i, *[POINTER(p)] * 2
+        )
         self.probe_bandwidth = self._function("probe_bandwidth", c_double, p, i, c_double)
         self.probe_int8 = self._function("probe_int8", c_double, p, c_double)
 

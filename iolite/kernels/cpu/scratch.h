@@ -8,6 +8,7 @@ enum iol_scratch_use {
     IOL_SCRATCH_SHARED,  // of a call as a whole: asked for by the caller, read and written by all threads
     IOL_SCRATCH_GATED,   // of a gated pair: the second matrix's products
     IOL_SCRATCH_BLOCK,   // of a decoder block between the kernels that it calls
+    IOL_SCRATCH_STACK,   // of all decoder blocks: what is on its way into a cache, and attention's output
     IOL_SCRATCH_USES
 };
 

@@ -32,6 +32,7 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef int8_t vb __attribute__((vector_size(W)));
 
 // A bfloat16: the upper half of a float.
 struct bf16 {
@@ -60,7 +61,14 @@ IOL_INLINE vf load(const bf16* p) {
     return (vf)(__builtin_convertvector(half, vu) << 16);
 }
 
+IOL_INLINE vf load(const int8_t* p) {
+    vb bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+}
+
 IOL_INLINE float load_one(const float* p) { return *p; }
+IOL_INLINE float load_one(const int8_t* p) { return (float)*p; }
 
 IOL_INLINE float load_one(const bf16* p) {
     uint32_t bits = (uint32_t)p->bits << 16;

@@ -1,0 +1,137 @@
+"""All decoder layers in one call: the same bits as layer by layer, in what comes out and in what the cache keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from support.cpu_kernels import ISAS, code_path
+from torch import Tensor
+
+from iolite import cache as caches
+from iolite.cache import KVCache
+from iolite.checkpoint.assemble import assemble
+from iolite.checkpoint.synthetic import SyntheticSource, config_of
+from iolite.kernels import cpu, ops
+from iolite.model.batch import Media, RaggedBatch, Segment
+from iolite.model.unified import Unified
+
+pytestmark = pytest.mark.skipif(cpu.load() is None, reason=f"no C++ kernels: {cpu.reason()}")
+FORMATS = [None, torch.float32, torch.bfloat16, torch.int8]
+WINDOW = 12
+
+
+@pytest.fixture(scope="module", params=["shared", "apart"])
+def network(request: pytest.FixtureRequest) -> Unified:
+    """Of the tiny synthetic shape, with norms that are not ones and a short window."""
+    config = config_of("tiny")
+    text = replace(config.text, sliding_window=WINDOW, attention_k_eq_v=request.param == "shared")
+    source = SyntheticSource(replace(config, text=text), "int4")
+    weights = {name: source.weight(name) for name in source.names()}
+    model = assemble(source.config, weights, dtype=torch.float32).eval().requires_grad_(False)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(3)
+        for layer in model.language_model.layers:
+            for vector in (*layer.parameters(), layer.layer_scalar):
+                if vector.dim() == 1:
+                    vector.mul_(0.5 + torch.rand(vector.shape, generator=g))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def run(network: Unified, cache: KVCache, sizes: list[int]) -> Tensor:
+    """Hidden states of passes over so many tokens each."""
+    out, config = [], network.config.text
+    for n in sizes:
+        ids = torch.arange(cache.length, cache.length + n) * 7 % 90 + 5
+        out.append(network(ids, RaggedBatch(config, [Segment(cache, n)], Media(), torch.device("cpu"))))
+    return torch.cat(out)
+
+
+def assert_same_cache(a: KVCache, b: KVCache) -> None:
+    assert a.length == b.length and a.earliest == b.earliest and a.num_bytes == b.num_bytes
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert x.used == y.used
+        for one, other in zip(x.stores, y.stores, strict=True):
+            assert torch.equal(one[: x.used], other[: y.used])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_same_bits_as_layer_by_layer(network, dtype, shared, isa, monkeypatch):
+    """Before and after the window and the ring are full, and with passes that go around the ring's end."""
+    sizes = [1, 1, 5, 8, 1, 9, cpu.MOST_TOKENS, 1, 3, 1, 17, 1, 1]
+    with code_path(isa):
+        one, other = (KVCache(network.config.text, 200, dtype, slack=30, shared=shared) for _ in range(2))
+        found = run(network, one, sizes)
+        with monkeypatch.context() as context:
+            context.setattr(cpu, "stack", lambda *arguments: None)
+            expected = run(network, other, sizes)
+    assert torch.equal(found, expected)
+    assert_same_cache(one, other)
+
+
+def test_it_is_used_for_few_tokens_of_one_sequence(network, monkeypatch):
+    calls: list[bool] = []
+    real = cpu.stack
+    monkeypatch.setattr(cpu, "stack", lambda *arguments: (calls.append(True), real(*arguments))[1])
+    config, device = network.config.text, torch.device("cpu")
+    cache = KVCache(config, 100)
+    run(network, cache, [cpu.MOST_TOKENS])
+    assert len(calls) == 1
+    run(network, cache, [cpu.MOST_TOKENS + 1])
+    two_way = Segment(cache, 3, torch.tensor([0, 1, 1]))
+    network(torch.tensor([5, 6, 7]), RaggedBatch(config, [two_way], Media(), device))
+    pair = [Segment(cache, 1), Segment(KVCache(config, 100), 1)]
+    network(torch.tensor([5, 6]), RaggedBatch(config, pair, Media(), device))
+    with ops.only_reference():
+        run(network, cache, [1])
+    assert len(calls) == 1
+
+
+def test_a_ring_too_small_is_left_to_the_layers(network, monkeypatch):
+    cache, straight = KVCache(network.config.text, 100, slack=0), KVCache(network.config.text, 100)
+    found, expected = run(network, cache, [30, 2, 1, 4]), run(network, straight, [30, 2, 1, 4])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_it_follows_buffers_that_grow(network, monkeypatch):
+    reserved = run(network, KVCache(network.config.text, 300), [1] * 150)
+    monkeypatch.setattr(caches, "_pages", lambda shape, dtype: None)
+    assert torch.equal(run(network, KVCache(network.config.text, 300), [1] * 150), reserved)
+
+
+def test_it_goes_on_after_going_back(network):
+    cache, straight = (KVCache(network.config.text, 100, torch.int8) for _ in range(2))
+    run(network, cache, [40, 1, 1, 1])
+    cache.rewind(40)
+    run(network, straight, [40])
+    assert torch.equal(run(network, cache, [3, 1]), run(network, straight, [3, 1]))
+
+
+def test_a_cache_that_is_gone_is_forgotten(network):
+    from iolite.kernels.cpu.stack import _caches
+
+    held = len(_caches)
+    cache = KVCache(network.config.text, 100)
+    run(network, cache, [1])
+    assert len(_caches) == held + 1
+    del cache
+    assert len(_caches) == held
+
+
+def test_layers_that_are_not_packed_are_gone_through_one_by_one(monkeypatch):
+    source = SyntheticSource(config_of("tiny"), None)
+    weights = {name: source.weight(name) for name in source.names()}
+    model = assemble(source.config, weights, dtype=torch.float32).eval().requires_grad_(False)
+    cache = KVCache(model.config.text, 100)
+    assert run(model, cache, [2, 1]).isfinite().all()
+    assert cache.length == 3
