@@ -1,6 +1,7 @@
 """`iolite show`: what a model is and what it takes, from its config.json and the headers of its weights.
 
-Weights are neither loaded nor needed; torch is imported for `--system` only, which asks it for the devices.
+Weights are neither loaded nor needed; torch is imported for `--system`, which asks it for the devices, and for the
+headers of packed weights.
 """
 
 from __future__ import annotations
@@ -15,50 +16,82 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from iolite.cli.list import human_bytes
+from iolite.checkpoint import sizes
+from iolite.checkpoint.plan import KV, Plan, plan
 from iolite.cli.terminal import put
 from iolite.config import ModelConfig, ProcessorConfig
+from iolite.errors import UsageError
+from iolite.memory import human_bytes, parse_bytes, physical_memory, stated_memory
 
 if TYPE_CHECKING:
     from iolite.checkpoint.source import Source
 
 # What the C++ kernels are for, where they are missing.
 _LOST = "Packed weights are multiplied through torch: the same results, several times slower"
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @click.command()
 @click.argument("model", required=False)
+@click.option("-c", "--ctx-size", "--context", "context", type=int, help="Plan for this many tokens of context.")
+@click.option("--parallel", type=int, help="Plan for this many sequences at a time, each with its own context.")
+@click.option("--memory", metavar="SIZE", help="Plan for this much memory, as in 16GB; by default this machine's.")
+@click.option("--kv", type=click.Choice(KV), help="Plan for this format of the cache of keys and values.")
+@click.option("--quantize", type=click.Choice([*sizes.TILE_BYTES]), help="Plan for weights packed like this.")
+@click.option("--dtype", help="Plan for computing in float32, bfloat16 or float16.")
+@click.option("--drafter", is_flag=True, default=None, help="Plan for the model's drafter too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--system", is_flag=True, help="Also this machine: cores, memory, kernels, device, caches.")
-def command(model: str | None, as_json: bool, system: bool) -> None:
+def command(model: str | None, as_json: bool, system: bool, **settings: Any) -> None:
     """Describe MODEL (by default nano): its sizes, what it takes, its files and the memory it needs.
 
-    With --system and no MODEL, only this machine is described.
+    With a setting to plan for, print what takes how much memory instead, whether that fits and, where it does not, what
+    would: before anything is downloaded. With --system and no MODEL, only this machine is described.
     """
+    asked = {name: value for name, value in settings.items() if value is not None}
     report: dict[str, Any] = {}
-    config = None
-    if model is not None or not system:
+    config = planned = None
+    if model is not None or asked or not system:
         name = "nano" if model is None else model
         path, source = _find(name)
         config = ModelConfig.from_folder(path) if source is None else source.config
-        report = describe(name, path, config, source)
+        planned = make_plan(config, source, **asked)
+        report = describe(name, path, config, source, planned)
     if system:
         report["system"] = describe_system(config)
-    put(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else _text(report))
+    if as_json:
+        put(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    elif asked and planned:
+        put(_plan_text(report["model"], planned) + _text({"system": report["system"]} if system else {}))
+    else:
+        put(_text(report))
+
+
+def make_plan(config: ModelConfig, source: Source | None, memory: str | None = None, **settings: Any) -> Plan:
+    """The plan for `iolite.checkpoint.plan`'s settings; what is not said is taken from the files and this machine."""
+    scheme = settings.pop("quantize", None) or (source.scheme if source else None)
+    if source and source.scheme and scheme != source.scheme:
+        raise UsageError(f"{source.name} is packed as {source.scheme} already", f"leave {scheme} out")
+    tiles = None
+    if source and source.scheme:
+        tiles = {name: format.tile_bytes for name, format in source.packed_formats().items()}
+    there = stated_memory() or physical_memory() if memory is None else parse_bytes(memory)
+    return plan(config, quantize=scheme, memory=there, tiles=tiles, **settings)
 
 
 def _find(name: str) -> tuple[Path, Source | None]:
     """Where a model is, and its files' headers; None of those while its weights are not on this machine."""
-    from iolite.checkpoint.hub import is_complete, resolve
+    from iolite.checkpoint.hub import cached, is_complete, is_id, resolve
     from iolite.checkpoint.source import open_source
 
+    partly = cached(name) if is_id(name) and not os.path.exists(name) else None
+    if partly and (partly / "config.json").is_file() and not is_complete(partly):
+        return partly, None
     path = resolve(name)
     return path, open_source(name) if path.is_file() or is_complete(path) else None
 
 
-def describe(name: str, path: Path, config: ModelConfig, source: Source | None) -> dict[str, Any]:
-    """Everything that the config, the processor's settings and the files' headers say, for JSON."""
+def describe(name: str, path: Path, config: ModelConfig, source: Source | None, planned: Plan) -> dict[str, Any]:
+    """Everything that the config, the processor's settings, the files' headers and the plan say, for JSON."""
     files = source.files if source and path.is_file() else [p for p in sorted(path.iterdir()) if p.is_file()]
     processor = source.processor() if source else ProcessorConfig.from_folder(path, config)
     text = config.text
@@ -87,9 +120,17 @@ def describe(name: str, path: Path, config: ModelConfig, source: Source | None) 
         },
         "media": _media(config, processor),
         "weights": _weights(config, source),
-        "kv_cache": kv_cache(config),
+        "kv_cache": kv_cache(config, planned.kv),
         "files": {p.name: p.stat().st_size for p in files},
+        **_plan_numbers(planned),
     }
+
+
+def _plan_numbers(planned: Plan) -> dict[str, Any]:
+    """The plan for JSON: what is asked for most beside the rest of the report, all of it under "plan"."""
+    whole = planned.to_dict()
+    first = "weights_bytes", "cache_bytes", "cache_bytes_per_token", "total_bytes", "fits", "max_context"
+    return {**{key: whole[key] for key in first}, "plan": whole}
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -103,27 +144,21 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return {"total": sum(count.values()), **count}
 
 
-def kv_cache(config: ModelConfig) -> dict[str, Any]:
-    """Bytes of keys and values in the checkpoint's own number format, for one sequence.
+def kv_cache(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Bytes of keys and values in a number format, for one sequence.
 
-    Full-attention layers keep every token; sliding layers keep one window, however long the context is. For the 12B:
-    16,384 bytes a token and 335.5 MB.
+    Full-attention layers keep every token; sliding layers keep one window and what a sequence can go back by, however
+    long the context is. For the 12B in bfloat16: 10,240 bytes a token and 671 MB.
     """
-    text, size = config.text, _VALUE_BYTES.get(config.dtype, 2)
-    growing = ring = 0
-    for layer in range(text.num_hidden_layers):
-        token = 2 * text.layer_kv_heads(layer) * text.layer_head_dim(layer) * size  # a key and a value
-        if text.is_full(layer):
-            growing += token
-        else:
-            ring += token * text.sliding_window
-    lengths = [n for n in (8_192, 32_768, 131_072) if n < text.max_position_embeddings]
-    lengths.append(text.max_position_embeddings)
+    text = config.text
+    limit = text.max_position_embeddings
+    full, ring = sizes.cache_rows(text, dtype)
+    lengths = [n for n in (8_192, 32_768, 131_072) if n < limit] + [limit]
     return {
-        "dtype": config.dtype,
-        "bytes_per_token": growing,
-        "sliding_bytes": ring,
-        "bytes_at": {str(n): growing * n + ring * min(n, text.sliding_window) // text.sliding_window for n in lengths},
+        "dtype": dtype,
+        "bytes_per_token": full,
+        "sliding_bytes": ring * sizes.ring_rows(text, limit),
+        "bytes_at": {str(n): sizes.cache_bytes(text, n, dtype) for n in lengths},
     }
 
 
@@ -202,15 +237,15 @@ def _weights(config: ModelConfig, source: Source | None) -> dict[str, Any]:
     shapes = expected_shapes(config)
     if source is None:
         values = sum(math.prod(shape) for shape in shapes.values())
-        return {"here": False, "dtype": config.dtype, "bytes": values * _VALUE_BYTES.get(config.dtype, 2)}
-    sizes = source.sizes()
+        return {"here": False, "dtype": config.dtype, "bytes": values * sizes.BYTES.get(config.dtype, 2)}
+    stored = source.sizes()
     return {
         "here": True,
-        "dtype": "+".join(sorted(sizes)),
+        "dtype": "+".join(sorted(stored)),
         "scheme": source.scheme,
         "tensors": len(shapes),
-        "bytes": sum(sizes.values()),
-        "bytes_by_dtype": dict(sizes),
+        "bytes": sum(stored.values()),
+        "bytes_by_dtype": dict(stored),
     }
 
 
@@ -272,7 +307,30 @@ def _model_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{kv['bytes_per_token']:,} bytes a token + {human_bytes(kv['sliding_bytes'])} in {kv['dtype']}: {cache}",
         ),
         ("files", files),
+        ("memory", _memory_row(report["plan"])),
     ]
+
+
+def _memory_row(p: Mapping[str, Any]) -> str:
+    weights, total = p["scheme"] or p["dtype"], human_bytes(p["total_bytes"])
+    needs = f"{total} with {p['context']:,} tokens, weights in {weights}, cache in {p['kv']}"
+    if p["fits"] is None:
+        return needs
+    there = human_bytes(p["memory_bytes"])
+    return f"{needs}: fits in {there}" if p["fits"] else f"{needs}: not in {there}; --context N says what fits"
+
+
+def _plan_text(name: str, planned: Plan) -> str:
+    """A table of what takes how much, and whether it fits."""
+    p = planned
+    many = f"{p.parallel} sequences of {p.context:,} tokens" if p.parallel > 1 else f"{p.context:,} tokens"
+    rows = [(f"{name}, {many}", "BYTES", "", "FORMAT")]
+    rows += [(part.name, f"{part.bytes:,}", human_bytes(part.bytes), part.dtype or "") for part in p.parts]
+    rows += [("in all", f"{p.total_bytes:,}", human_bytes(p.total_bytes), "")]
+    wide = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}  {d}".rstrip() for a, b, c, d in rows]
+    token = f"each further token of a sequence: {p.cache_bytes_per_token:,} bytes"
+    return "\n".join([*lines, "", token, p.verdict]) + "\n"
 
 
 def _media_rows(media: Mapping[str, Any]) -> list[tuple[str, str]]:

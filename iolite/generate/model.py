@@ -127,7 +127,9 @@ def _context_that_fits(source: Source, scheme: str | None, kv: str, choice: Choi
     Raises UsageError, with what would fit, when those asked for do not fit, or hardly any do.
     """
     limit = source.config.text.max_position_embeddings
-    packed = PackingSource(source, scheme).packed_formats() if scheme else None
+    tiles = None
+    if scheme:
+        tiles = {name: format.tile_bytes for name, format in PackingSource(source, scheme).packed_formats().items()}
     planned = plan(
         source.config,
         context=asked or limit,
@@ -135,7 +137,7 @@ def _context_that_fits(source: Source, scheme: str | None, kv: str, choice: Choi
         kv=kv,
         dtype=choice.dtype_name,
         memory=free_memory(choice.device),
-        tiles=packed and {name: format.tile_bytes for name, format in packed.items()},
+        tiles=tiles,
         compiled=choice.device.type != "cpu" or cpu.load() is not None,
     )
     if planned.fits is not False:

@@ -94,10 +94,10 @@ def test_show_the_12b_from_its_config_alone(folder_12b, capsys):
     assert report["media"]["audio"]["seconds_at_once"] == 30
     assert report["weights"] == {"here": False, "dtype": "bfloat16", "bytes": 2 * 11_959_730_224}
     cache = report["kv_cache"]
-    assert cache["bytes_per_token"] == 16 * 1024
-    assert cache["sliding_bytes"] == 40 * 8 * 1024 * 1024
+    assert cache["bytes_per_token"] == 10 * 1024
+    assert cache["sliding_bytes"] == 40 * 8 * 1024 * 2048
     gigabytes = {int(n): round(size / 1e9, 2) for n, size in cache["bytes_at"].items()}
-    assert gigabytes == {8192: 0.47, 32768: 0.87, 131072: 2.48, 262144: 4.63}
+    assert gigabytes == {8192: 0.75, 32768: 1.01, 131072: 2.01, 262144: 3.36}
     assert report["files"] == {"config.json": (folder_12b / "config.json").stat().st_size}
 
 
@@ -107,7 +107,8 @@ def test_show_for_people(folder_12b, capsys):
     assert err == ""
     assert "parameters    11,959,730,176: embedding" in out
     assert "weights       23.92 GB in bfloat16, not here" in out
-    assert "16,384 bytes a token + 335.5 MB" in out
+    assert "10,240 bytes a token + 671.1 MB" in out
+    assert "\nmemory        28.02 GB with 262,144 tokens, weights in bfloat16, cache in bfloat16: " in out
 
 
 def test_show_with_weights(tiny_folder, capsys):
@@ -156,6 +157,12 @@ def test_show_imports_no_torch(folder_12b):
         "assert run_command(['list']) == 0; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, folder_12b], check=True, capture_output=True)
+
+
+def test_an_id_of_which_only_the_config_is_here(cache, capsys):
+    report = show_json(capsys, "b/half", "--context", "100")
+    assert report["weights"]["here"] is False
+    assert report["plan"]["context"] == 100
 
 
 def test_an_id_that_is_not_here(cache, capsys):
