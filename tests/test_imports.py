@@ -21,6 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("messages", "prompt", "quant", "cache", "cache_layouts"),
     ("model",),
     ("checkpoint",),
+    ("prefix",),
     ("generate",),
     ("engine", "train"),
     ("server", "evals"),
