@@ -30,9 +30,12 @@ LEAST_CONTEXT = 2048  # less is not offered: a picture and a question would hard
 
 # 256 MB were resident for a tokenizer of 262,144 entries made by 400,000 merges.
 TOKENIZER_ENTRY = 1000
-# What passes take besides their tensors: memory that threads keep for their tasks, and holes in the heap. Of six
-# layers of the 12B a chunk of 512 took 127 MB, one of 128 took 61 MB; this and `_activations` make 130 and 51.
+# What passes take besides their tensors: memory that threads keep for their tasks, and holes in the heap, which may
+# become as large as all tensors of a pass. Of six layers of the 12B a chunk of 512 took 120 to 280 MB, varying from run
+# to run (116 MB with a heap that gives everything back), one of 256 took 106 MB and one of 128 took 51 MB; this makes
+# 235, 130 and 78.
 _THREADS = 25_000_000
+_HOLES = 2
 _MOST_SCORES = 1 << 25  # of the reference's attention at a time
 
 _NAMES = {
@@ -279,7 +282,7 @@ class _Need:
         text, vision = self.config.text, self.config.vision
         n = min(context, max(chunk, vision.num_soft_tokens if vision else 0))
         scores = 2 * 4 * text.vocab_size * self.parallel  # of the next tokens: as they come, and soft-capped
-        return n * self._activations + scores + self._reference(context, n) + _THREADS
+        return _HOLES * n * self._activations + scores + self._reference(context, n) + _THREADS
 
     @cached_property
     def _activations(self) -> int:
