@@ -19,7 +19,7 @@ import torch
 from iolite.cache import KVCache
 from iolite.config import FULL, SLIDING, ModelConfig, TextConfig
 from iolite.device import DTYPES
-from iolite.evals.speed import decode_weight_bytes
+from iolite.evals.speed import cache_bytes, decode_weight_bytes, filled_cache
 from iolite.generate.graph import StaticStep
 from iolite.kernels import ops
 from iolite.model.prefill import prefill
@@ -64,27 +64,6 @@ def random_network(config: ModelConfig, scheme: str, dtype: torch.dtype, device:
             state[name] = network.get_buffer(name)
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def filled_cache(network: Unified, depth: int, dtype: torch.dtype) -> KVCache:
-    """A cache of depth random tokens, and room for the passes behind them."""
-    text, device = network.config.text, network.language_model.embed_tokens.weight.device
-    cache = KVCache(text, depth + 64, dtype)
-    for number, layer in enumerate(cache.layers):
-        shape = (2, max(depth, 1), text.layer_kv_heads(number), text.layer_head_dim(number))
-        layer.extend(*torch.randn(shape, dtype=dtype, device=device), 0)
-    cache.length = depth
-    return cache
-
-
-def seen_bytes(network: Unified, depth: int, itemsize: int) -> int:
-    """Bytes of keys and values that one pass behind depth tokens reads."""
-    text, total = network.config.text, 0
-    for number in range(text.num_hidden_layers):
-        seen = depth + 1 if text.is_full(number) else min(depth + 1, text.sliding_window)
-        total += 2 * seen * text.layer_kv_heads(number) * text.layer_head_dim(number) * itemsize
-    return total
 
 
 def seconds(work: Callable[[], object], times: int = 10, rounds: int = 7) -> float:
@@ -139,7 +118,7 @@ def report_decode(network: Unified, depths: list[int], tokens: list[int], dtype:
 
             before = bandwidth(device)
             took = seconds(once)
-            share = decode_weight_bytes(network) + seen_bytes(network, depth, dtype.itemsize)
+            share = decode_weight_bytes(network) + cache_bytes(cache, network.config.text, depth)
             limit = (before + bandwidth(device)) / 2
             print(
                 f"  {n} behind {depth:6}: {1e3 * took:7.2f} ms {n / took:8.1f} tokens/s {share / took / 1e9:7.0f} GB/s "

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from iolite.cache import KVCache
+from iolite.config import TextConfig
 from iolite.evals.machine import disk_bytes, memory
 from iolite.generate.loop import Decoding
 from iolite.generate.model import Model
 from iolite.generate.sampling import SamplingParams
 from iolite.model.batch import Media, RaggedBatch, Segment
+from iolite.model.layers import DecoderLayer
 from iolite.model.prefill import prefill
 from iolite.model.unified import Unified
 from iolite.prompt import Prompt, Span
@@ -121,7 +123,7 @@ class Subject:
 
     def bytes_per_token(self, depth: int) -> int:
         """Bytes that drawing one token reads: weights, and keys and values of what the token sees."""
-        return decode_weight_bytes(self.network) + cache_bytes(self._filled(), self.model, depth)
+        return decode_weight_bytes(self.network) + cache_bytes(self._filled(), self.network.config.text, depth)
 
     def macs(self, length: int) -> int:
         """Multiply-adds of the linear layers in reading a prompt, of whose last token alone the head is computed."""
@@ -130,7 +132,7 @@ class Subject:
 
     def _filled(self) -> KVCache:
         if self._cache is None:
-            self._cache = filled_cache(self.model, self.depth)
+            self._cache = filled_cache(self.network, self.depth, self.model.kv_dtype)
         return self._cache
 
     def _ids(self, count: int) -> list[int]:
@@ -151,34 +153,27 @@ def new_cache(model: Model, room: int) -> KVCache:
 
 
 @torch.inference_mode()
-def filled_cache(model: Model, depth: int) -> KVCache:
+def filled_cache(network: Unified, depth: int, dtype: torch.dtype | None) -> KVCache:
     """A cache of depth tokens, and room for the passes behind them, with keys and values drawn at random."""
-    text = model.config.text
-    cache = new_cache(model, depth + _CHUNK)
+    decoder = network.language_model
+    text, weight = network.config.text, decoder.norm.weight
+    cache = KVCache(text, depth + _CHUNK, dtype)
     rng = torch.Generator().manual_seed(0)
-    for number, layer in enumerate(cache.layers):
-        shape = (2, min(depth, _CHUNK), text.layer_kv_heads(number), text.layer_head_dim(number))
-        k, v = torch.randn(shape, generator=rng).to(model.choice.device, model.choice.dtype)
-        for start in range(0, depth, _CHUNK):
-            layer.extend(k[: depth - start], v[: depth - start], start)
+    for number, (layer, block) in enumerate(zip(cache.layers, decoder.layers, strict=True)):
+        assert isinstance(block, DecoderLayer)
+        shape = (2, min(max(depth, 1), _CHUNK), text.layer_kv_heads(number), text.layer_head_dim(number))
+        k, v = torch.randn(shape, generator=rng).to(weight.device, weight.dtype)
+        for start in range(0, max(depth, 1), _CHUNK):
+            some = slice(depth - start if depth else 1)
+            layer.extend(k[some], v[some], start, block.self_attn.k_norm.weight)
     cache.length = depth
     return cache
 
 
-def cache_bytes(cache: KVCache, model: Model, depth: int) -> int:
+def cache_bytes(cache: KVCache, text: TextConfig, depth: int) -> int:
     """Bytes of keys and values that one new token reads behind depth others, its own included."""
-    text, total = model.config.text, 0
-    for number, layer in enumerate(cache.layers):
-        seen = depth + 1 if text.is_full(number) else min(depth + 1, text.sliding_window)
-        values = 2 * text.layer_kv_heads(number) * text.layer_head_dim(number)
-        total += seen * values * _value_bytes(layer, model)
-    return total
-
-
-def _value_bytes(layer: Any, model: Model) -> int:
-    """Bytes of one stored number, from the buffer where there is one yet."""
-    stored = getattr(layer, "k", None)
-    return int(stored.element_size()) if isinstance(stored, Tensor) else model.choice.dtype.itemsize
+    seen = (depth + 1 if text.is_full(i) else min(depth + 1, text.sliding_window) for i in range(len(cache.layers)))
+    return sum(rows * layer.row_bytes for rows, layer in zip(seen, cache.layers, strict=True))
 
 
 def decode_weight_bytes(network: Unified) -> int:

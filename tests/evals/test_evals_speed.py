@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iolite.cache import KVCache
 from iolite.device import choose
 from iolite.evals import speed
 from iolite.evals.speed import Spread, Subject
@@ -207,12 +206,13 @@ def test_a_step_begins_in_the_same_place(tiny, depth, monkeypatch):
 def test_a_filled_cache_has_no_row_left_empty(tiny):
     """On full layers every row before its length, on sliding ones every row of the last window."""
     model = tiny("published")
-    cache = speed.filled_cache(model, 600)
+    cache = speed.filled_cache(model.network, 600, None)
     text = model.config.text
     assert cache.length == 600
     for number, layer in enumerate(cache.layers):
         shape = (1, text.layer_kv_heads(number), text.layer_head_dim(number))
-        keys = layer.extend(torch.zeros(shape), torch.zeros(shape), 600)
+        weight = torch.ones(shape[-1])
+        keys = layer.extend(torch.zeros(shape), torch.zeros(shape), 600, weight)
         assert keys.count == (601 if text.is_full(number) else text.sliding_window)
         rows = (keys.first + torch.arange(keys.count - 1)) % keys.room
         assert keys.k[rows].abs().sum((1, 2)).min() > 0
@@ -223,23 +223,20 @@ def test_bytes_of_a_cache(tiny):
     model = tiny("published")
     text, kinds = model.config.text, [layer % 6 == 5 for layer in range(12)]
     assert [text.is_full(i) for i in range(12)] == kinds
-    full = 2 * 4 * text.num_global_key_value_heads * text.global_head_dim
+    turned = text.global_head_dim // 4  # of the key, beside the value: a quarter of its dimensions
+    full = 4 * text.num_global_key_value_heads * (text.global_head_dim + turned)
     sliding = 2 * 4 * text.num_key_value_heads * text.head_dim
     for depth in (0, 10, 3000):
         seen = min(depth + 1, text.sliding_window)
         expected = 2 * (depth + 1) * full + 10 * seen * sliding
-        assert speed.cache_bytes(speed.filled_cache(model, depth), model, depth) == expected
+        assert speed.cache_bytes(speed.filled_cache(model.network, depth, None), text, depth) == expected
 
 
 def test_bytes_are_those_of_the_stored_format(tiny):
     model = tiny("narrow")
-    cache = KVCache(model.config.text, 64, torch.bfloat16)
-    zeros = [torch.zeros(1, t.layer_kv_heads(i), t.layer_head_dim(i)) for t in [model.config.text] for i in range(
-        t.num_hidden_layers
-    )]  # fmt: skip
-    for layer, row in zip(cache.layers, zeros, strict=True):
-        layer.extend(row, row, 0)
-    assert 2 * speed.cache_bytes(cache, model, 0) == speed.cache_bytes(speed.filled_cache(model, 1), model, 0)
+    half, whole = (speed.filled_cache(model.network, depth, dtype) for depth, dtype in ((0, torch.bfloat16), (1, None)))
+    text = model.config.text
+    assert 2 * speed.cache_bytes(half, text, 0) == speed.cache_bytes(whole, text, 0) > 0
 
 
 def test_bytes_of_weights_with_a_tied_head(tiny):
