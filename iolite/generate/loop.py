@@ -1,7 +1,8 @@
 """One sequence from prompt to end: prefill in chunks, then one token at a time.
 
-The slow obvious path: one cache, one forward pass a token, nothing shared between calls. `iolite/engine` is checked
-against it. Knows ids only; text, thoughts and tool calls are made of them in `iolite/generate/model.py`.
+The slow obvious path: one cache, one forward pass a token. What one call has read, a later one need not read again, if
+both are given the same `PrefixCache`. `iolite/engine` is checked against it. Knows ids only; text, thoughts and tool
+calls are made of them in `iolite/generate/model.py`.
 
 Letters: M hidden size, V vocabulary.
 """
@@ -20,8 +21,9 @@ from iolite.errors import CheckpointError, ContextError, UsageError
 from iolite.generate import graph
 from iolite.generate.sampling import Sampler, SamplingParams
 from iolite.model.batch import Media, RaggedBatch, Segment
-from iolite.model.prefill import prefill
+from iolite.model.prefill import DEFAULT_CHUNK, prefill
 from iolite.model.unified import Unified
+from iolite.prefix.memory import Lease, PrefixCache
 from iolite.prompt import Prompt
 
 Progress = Callable[[int, int], None]
@@ -70,9 +72,10 @@ class Drawn:
 
 
 class Decoding:
-    """Iterates over the tokens of one answer, the end token included, and keeps its own time.
+    """Iterates once over the tokens of one answer, the end token included, and keeps its own time.
 
-    Time spent by the consumer between two tokens is not counted. Closing the iterator early is fine.
+    Time spent by the consumer between two tokens is not counted. Closing the iterator early is fine, and so is Ctrl+C:
+    what was read by then is kept.
     """
 
     def __init__(
@@ -84,36 +87,45 @@ class Decoding:
         context: int,
         kv_dtype: torch.dtype | None = None,
         progress: Progress | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        """prefixes: where to look for what was read before, and to leave what is read now; its caches are used as they
+        are. Without it the whole prompt is read, into a cache of kv_dtype that nobody sees again."""
         check_fits(prompt, context)
         self.network, self.prompt, self.params, self.progress = network, prompt, params, progress
         self.limit = min(params.max_tokens, context - len(prompt.ids))
-        self.cache = KVCache(network.config.text, context, kv_dtype)
+        if prefixes is None:
+            prefixes = PrefixCache(lambda: KVCache(network.config.text, context, kv_dtype), 0)
+        self.prefixes = prefixes
         self.prefill_seconds = 0.0  # up to and including the first token
         self.decode_seconds = 0.0
         self.count = 0
+        self.cached_tokens = 0  # of the prompt, that were read before
         self._step: graph.StaticStep | None = None
 
     def __iter__(self) -> Iterator[Drawn]:
         sampler, ids = Sampler(self.params), list(self.prompt.ids)
-        while True:
-            begin = time.perf_counter()
-            token = self._next(sampler, ids)
-            took = time.perf_counter() - begin
-            if self.count == 0:
-                self.prefill_seconds = took
-            else:
-                self.decode_seconds += took
-            ids.append(token)
-            self.count += 1
-            reason = self._finish_reason(token)
-            yield Drawn(token, reason)
-            if reason:
-                return
+        begin = time.perf_counter()
+        with self.prefixes.lend(self.prompt, ids) as lease:
+            self.cached_tokens = lease.reused
+            while True:
+                token = self._next(sampler, ids, lease)
+                took = time.perf_counter() - begin
+                if self.count == 0:
+                    self.prefill_seconds = took
+                else:
+                    self.decode_seconds += took
+                ids.append(token)
+                self.count += 1
+                reason = self._finish_reason(token)
+                yield Drawn(token, reason)
+                if reason:
+                    return
+                begin = time.perf_counter()
 
     @torch.inference_mode()
-    def _next(self, sampler: Sampler, ids: list[int]) -> int:
-        logits = self._logits(ids[-1])
+    def _next(self, sampler: Sampler, ids: list[int], lease: Lease) -> int:
+        logits = self._logits(ids[-1], lease)
         if logits.isnan().any():
             raise CheckpointError(
                 "the model computed values that are not numbers (NaN)",
@@ -121,18 +133,26 @@ class Decoding:
             )
         return sampler(ids, logits)
 
-    def _logits(self, token: int) -> Tensor:
+    def _logits(self, token: int, lease: Lease) -> Tensor:
         """Scores [V] of what follows the prompt, then of what follows each drawn token."""
         if self.count == 0:
-            for hidden in prefill(self.network, self.prompt, self.cache, progress=self.progress):
-                last = hidden[-1:]
-        elif graph.wanted(self.network.language_model.embed_tokens.weight.device):
+            return self.network.logits(self._read(lease))[0]
+        lease.before_pass(1)
+        if graph.wanted(self.network.language_model.embed_tokens.weight.device):
             if self._step is None:
-                self._step = graph.StaticStep(self.network, self.cache)
+                self._step = graph.StaticStep(self.network, lease.cache)
             return self._step([token])[0]
-        else:
-            last = advance(self.network, token, self.cache)
-        return self.network.logits(last)[0]
+        return self.network.logits(advance(self.network, token, lease.cache))[0]
+
+    def _read(self, lease: Lease) -> Tensor:
+        """Reads what is new of the prompt; hidden state [1, M] of its last token."""
+        # A picture is read in one pass, however large.
+        most = max([DEFAULT_CHUNK, *(span.length for span in self.prompt.spans)])
+        lease.before_pass(most)
+        for hidden in prefill(self.network, self.prompt, lease.cache, progress=self.progress):
+            last = hidden[-1:]
+            lease.before_pass(most)
+        return last
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self.params.stop_ids:

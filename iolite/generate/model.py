@@ -14,13 +14,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from iolite.cache import KVCache
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.names import expected_shapes
 from iolite.checkpoint.packing import PackingSource, read_weights
@@ -36,6 +37,9 @@ from iolite.generate.stream import ReplyStream
 from iolite.kernels import cpu
 from iolite.memory import human_bytes
 from iolite.model.unified import Unified
+from iolite.prefix.disk import DiskStore
+from iolite.prefix.fingerprint import fingerprint
+from iolite.prefix.memory import PrefixCache
 from iolite.prompt import Prompt, PromptBuilder, check_tokenizer
 from iolite.quant.schemes import scheme_named
 from iolite.text.stream import TokenStream
@@ -187,6 +191,26 @@ class Model:
     kv_dtype: torch.dtype | None  # what keys and values are kept in, None: what is computed in
     scheme: str | None  # "int4" or "int8" of packed weights
     load_seconds: float
+    prefix_bytes: int | None = None  # budget of `prefixes`, None: what one cache of the whole context takes
+    prefixes: PrefixCache = field(init=False, repr=False)  # what was read and need not be read again
+
+    def __post_init__(self) -> None:
+        made = PrefixCache(lambda: KVCache(self.config.text, self.context, self.kv_dtype), self.prefix_bytes)
+        object.__setattr__(self, "prefixes", made)
+
+    def keep_on_disk(self, folder: str | os.PathLike[str], limit_bytes: int, note: Callable[[str], None]) -> None:
+        """From now on sequences are looked for in that folder too, and `prefixes.save()` writes them there.
+
+        limit_bytes: of the folder. note is told, in a sentence, which file was not usable and what was not written.
+        Raises UsageError when the folder cannot be made.
+        """
+        identity = {
+            "model": fingerprint(self.network, self.config),
+            "adapter": self.prefixes.seed.hex(),
+            "dtype": self.choice.dtype_name,
+            "kv": str(self.kv_dtype),
+        }
+        self.prefixes.disk = DiskStore(folder, identity, limit_bytes, note, self.choice.device)
 
     @property
     def config(self) -> ModelConfig:
@@ -341,7 +365,7 @@ class Model:
         return params
 
     def _decoding(self, prompt: Prompt, params: SamplingParams, progress: Progress | None) -> Decoding:
-        return Decoding(self.network, prompt, params, context=self.context, kv_dtype=self.kv_dtype, progress=progress)
+        return Decoding(self.network, prompt, params, context=self.context, progress=progress, prefixes=self.prefixes)
 
     def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:
         return prompt if isinstance(prompt, Prompt) else self.prompt(prompt)

@@ -27,11 +27,13 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens: in the prompt (media expanded), drawn (the end token included), and how many of those were thoughts."""
+    """Tokens: in the prompt (media expanded), drawn (the end token included), how many of those were thoughts, and how
+    many of the prompt's had been read before and were not read again."""
 
     prompt_tokens: int
     completion_tokens: int
     reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -47,6 +49,12 @@ class Timings:
     decode_seconds: float  # all tokens but the first
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt: found in memory or on the disk
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Tokens of the prompt that were read."""
+        return self.prompt_tokens - self.cached_tokens
 
     @property
     def time_to_first_token(self) -> float:
@@ -54,7 +62,8 @@ class Timings:
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        """Of those that were read."""
+        return self.prefilled_tokens / max(self.prefill_seconds, 1e-9)
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,7 +72,7 @@ class Timings:
         return later / max(self.decode_seconds, 1e-9) if later > 0 else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        names = ("time_to_first_token", "prompt_tokens_per_second", "tokens_per_second")
+        names = ("prefilled_tokens", "time_to_first_token", "prompt_tokens_per_second", "tokens_per_second")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 

@@ -107,13 +107,15 @@ class ReplyStream:
         text, reasoning = "".join(self._text), "".join(self._reasoning).strip()
         if reason == "stop" and any(call.error is None for call in self._calls):
             reason = "tool_calls"
-        run, prompt_tokens = self._decoding, len(self._decoding.prompt.ids)
+        run, prompt_tokens, cached = self._decoding, len(self._decoding.prompt.ids), self._decoding.cached_tokens
         self._reply = Reply(
             text=text,
             reasoning=reasoning,
             finish_reason=reason,
-            usage=Usage(prompt_tokens, run.count, self._reasoning_tokens),
-            timings=Timings(self._prepare_seconds, run.prefill_seconds, run.decode_seconds, prompt_tokens, run.count),
+            usage=Usage(prompt_tokens, run.count, self._reasoning_tokens, cached),
+            timings=Timings(
+                self._prepare_seconds, run.prefill_seconds, run.decode_seconds, prompt_tokens, run.count, cached
+            ),
             tool_calls=self._calls,
             notice=explain(text, reason, self._calls, reasoning, run.count),
         )

@@ -8,6 +8,7 @@ prefix of two sequences a binary search.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from hashlib import blake2b
 
 import numpy as np
@@ -36,12 +37,11 @@ class Chain:
         chain.extend(prompt.ids[done:])
         return chain
 
-    @classmethod
-    def from_rows(cls, rows: np.ndarray, seed: bytes = b"") -> Chain:
-        """What `rows` gave. Raises ValueError for anything that is not uint8 [n, 16]."""
+    def with_rows(self, rows: np.ndarray) -> Chain:
+        """A chain of the same seed with what `rows` gave. Raises ValueError for anything that is not uint8 [n, 16]."""
         if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != SIZE:
             raise ValueError(f"a chain is uint8 [tokens, {SIZE}], not {rows.dtype} {list(rows.shape)}")
-        chain = cls(seed)
+        chain = copy(self)
         chain._digests = bytearray(rows.tobytes())
         return chain
 

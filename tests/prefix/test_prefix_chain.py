@@ -86,20 +86,20 @@ def test_seeds_part_what_is_otherwise_equal():
 
 def test_rows_are_the_chain():
     chain = Chain.of(prompt_of([(1,), ("image", "a", 3), (2,)]), b"seed")
-    again = Chain.from_rows(chain.rows(), b"seed")
+    again = Chain(b"seed").with_rows(chain.rows())
     assert chain.rows().shape == (5, SIZE)
     assert again.common(chain) == 5
     again.extend([1])
     chain.extend([1])
     assert again.end == chain.end
-    empty = Chain.from_rows(Chain(b"seed").rows(), b"seed")
+    empty = chain.with_rows(Chain(b"seed").rows())
     assert (len(empty), empty.end) == (0, Chain(b"seed").end)
 
 
 @pytest.mark.parametrize("rows", [np.zeros((2, 15), np.uint8), np.zeros(16, np.uint8), np.zeros((2, 16), np.int8)])
 def test_rows_of_another_form_are_refused(rows):
     with pytest.raises(ValueError, match="a chain is uint8"):
-        Chain.from_rows(rows)
+        Chain().with_rows(rows)
 
 
 @given(PARTS, st.integers(0, 30))
