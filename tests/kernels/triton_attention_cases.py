@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from iolite.cache_layouts import to_int8
 from iolite.kernels import ring, triton
 from iolite.kernels.contracts import Keys
-from iolite.kernels.reference import attend
+from iolite.kernels.reference import attend, to_float
 from iolite.kernels.triton.dot import INTERPRETED
 
 attention = sys.modules["iolite.kernels.triton.attention"]  # the package has a function of that name
@@ -39,7 +40,9 @@ def ring_of(k: Tensor, v: Tensor) -> Keys:
 def assert_attention(found: Tensor, q: Tensor, keys: Keys, window: int | None) -> None:
     """Within float32 rounding of the reference; in bfloat16, where each share of the softmax is rounded once and the
     result once, within two units in the last place (2^-7) of the largest value."""
-    wide = Keys(keys.k.float(), keys.v.float(), keys.first, keys.count, keys.room)
+    every = slice(None)
+    k, v = (to_float(t, scale, every, torch.float32) for t, scale in ((keys.k, keys.k_scale), (keys.v, keys.v_scale)))
+    wide = Keys(k, v, keys.first, keys.count, keys.room)
     expected = attend(q.float(), wide, window, None)
     allowed = 2e-5 if q.dtype is torch.float32 else 2 * 2**-7 * float(wide.v.abs().max())
     assert found.dtype is q.dtype
@@ -68,6 +71,35 @@ def test_bfloat16_and_strides() -> None:
     q, (k, v) = wide_q[:, :4], both.split(2, dim=1)
     found = triton.attention(q, k, v, first=41, room=60, keys=50, past=47, window=0)
     assert_attention(found, q, Keys(k, v, 41, 50, 60), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_keys_and_values(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """With scales of their own, on the host's length and the device's."""
+    q, k, v = tensors(*shape, 60, dtype)
+    (k, k_scale), (v, v_scale) = to_int8(k), to_int8(3 * v)
+    keys = Keys(k, v, 41, 50, 60, k_scale, v_scale)
+    past = 50 - len(q)
+    found = triton.attention(q, k, v, first=41, room=60, keys=50, past=past, k_scale=k_scale, v_scale=v_scale)
+    assert_attention(found, q, keys, None)
+    at = torch.tensor(20, device=DEVICE)
+    filled = Keys(k, v, 0, 20 + len(q), 60, k_scale, v_scale)
+    assert_attention(triton.attend_ring(q, filled, at, None), q, filled, None)
+
+
+def test_one_vector_for_key_and_value() -> None:
+    """As the cache keeps them where both are one projection, in bfloat16 and in int8 with one scale."""
+    wide, _, _ = tensors(1, 20, 1, 20, 60, torch.bfloat16)
+    q = wide[:, :4, :16]
+    rows = torch.randn(60, 1, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    packed, scale = to_int8(rows)
+    for both, scales in ((rows.bfloat16(), (None, None)), (packed, (scale, scale))):
+        keys = Keys(both[..., 4:], both[..., :16], 7, 50, 60, *scales)
+        found = triton.attention(
+            q, keys.k, keys.v, first=7, room=60, keys=50, past=49, k_scale=scales[0], v_scale=scales[1]
+        )
+        assert_attention(found, q, keys, None)
 
 
 def test_keys_are_split_in_parts_some_of_which_are_empty() -> None:

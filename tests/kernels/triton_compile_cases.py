@@ -25,7 +25,8 @@ PRODUCT = {
 }  # fmt: skip
 TABLE = {"data": "*u8", "scales": "*fp16", "ids": "*i64", "out": "*bf16", "R": "i32", "C": "i32", "tile_cols": "i32"}
 RING = {
-    "q": "*bf16", "k": "*bf16", "v": "*bf16", "totals": "*fp32", "stats": "*fp32", "length": "*i64", "out": "*bf16",
+    "q": "*bf16", "k": "*bf16", "v": "*bf16", "k_scale": "*fp32", "v_scale": "*fp32",
+    "totals": "*fp32", "stats": "*fp32", "length": "*i64", "out": "*bf16",
 }  # fmt: skip
 ALIGNED = {"x", "words", "scales", "out", "data", "x_stride", "R", "C", *RING} | {
     f"{t}_{s}" for t in "qkv" for s in ("token", "head", "row")
@@ -68,12 +69,13 @@ def test_decoding() -> None:
 
 
 @pytest.mark.parametrize(("capability", "size", "group", "queries"), [(80, 256, 2, 16), (90, 512, 16, 32)])
-def test_attention(capability: int, size: int, group: int, queries: int) -> None:
+@pytest.mark.parametrize("kept", ["*bf16", "*i8"])
+def test_attention(capability: int, size: int, group: int, queries: int, kept: str) -> None:
     constants = {
         "GROUP": group, "D": size, "WIDTH": size, "QUERIES": queries, "KEYS": 32 if size <= 256 else 16, "PARTS": 32,
-        "ON_DEVICE": True,
+        "ON_DEVICE": True, "SCALED": kept == "*i8",
     }  # fmt: skip
-    made = compiled(attention._attend, RING, constants, capability, 4 if size <= 256 else 8)
+    made = compiled(attention._attend, RING | {"k": kept, "v": kept}, constants, capability, 4 if size <= 256 else 8)
     assert "cp.async" in made.asm["ptx"] and made.metadata.shared <= 99 << 10
     assert compiled(attention._merge, RING, {"D": size, "WIDTH": 64, "PARTS": 128}, capability, 4).asm["cubin"]
 

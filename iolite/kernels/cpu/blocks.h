@@ -62,7 +62,7 @@ void add_tiles(const uint8_t* tile, int64_t tiles, const uint8_t* tokens, float*
     for (int64_t i = 0; i < tiles; i++, tile += F::kBytes, x += 2) {
         if (ahead) {
             IOL_UNROLL for (int64_t line = 0; line < F::kBytes; line += 64) {
-                __builtin_prefetch(tile + F::kAhead + line);
+                __builtin_prefetch(tile + F::kAhead + line, 0, 0);  // read once: not for the outer caches
             }
         }
         IOL_UNROLL for (int b = 0; b < 2; b++) {

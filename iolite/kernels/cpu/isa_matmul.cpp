@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kFew = 24;
 
 // What a thread claims of the weights at a time: much against the cost of claiming, little against a thread's share.
-constexpr int64_t kChunkBytes = 128 << 10;
+constexpr int64_t kChunkBytes = 256 << 10;
 
 // Of products with many tokens, in multiply-adds: some 10 µs.
 constexpr int64_t kChunkProducts = 1 << 21;
