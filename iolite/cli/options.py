@@ -50,7 +50,7 @@ LOADING = (
     ),
     click.option(
         "--kv",
-        type=click.Choice(["auto", "bf16", "float32"]),
+        type=click.Choice(["auto", "bf16", "float32", "int8"]),
         default="auto",
         show_default=True,
         help="Format of the cache of keys and values.",

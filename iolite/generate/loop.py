@@ -51,13 +51,15 @@ def advance(network: Unified, token: int, cache: KVCache) -> Tensor:
 
 
 @torch.no_grad()
-def prompt_logits(network: Unified, prompt: Prompt, kv_dtype: torch.dtype | None = None) -> Tensor:
+def prompt_logits(
+    network: Unified, prompt: Prompt, kv_dtype: torch.dtype | None = None, chunk: int = DEFAULT_CHUNK
+) -> Tensor:
     """Float32 scores [len(prompt.ids), V] of the token after each position, by the passes that generation makes."""
     cache = KVCache(network.config.text, len(prompt.ids), kv_dtype)
     device = network.language_model.embed_tokens.weight.device
     # Made outside inference mode, so that the caller may do with it as with any tensor.
     scores, done = torch.empty(len(prompt.ids), network.config.text.vocab_size, device=device), 0
-    for hidden in prefill(network, prompt, cache):
+    for hidden in prefill(network, prompt, cache, chunk_size=chunk):
         scores[done : done + len(hidden)] = network.logits(hidden)
         done += len(hidden)
     return scores
@@ -85,6 +87,7 @@ class Decoding:
         params: SamplingParams,
         *,
         context: int,
+        chunk: int = DEFAULT_CHUNK,
         kv_dtype: torch.dtype | None = None,
         progress: Progress | None = None,
         prefixes: PrefixCache | None = None,
@@ -93,6 +96,7 @@ class Decoding:
         are. Without it the whole prompt is read, into a cache of kv_dtype that nobody sees again."""
         check_fits(prompt, context)
         self.network, self.prompt, self.params, self.progress = network, prompt, params, progress
+        self.chunk = chunk
         self.limit = min(params.max_tokens, context - len(prompt.ids))
         if prefixes is None:
             prefixes = PrefixCache(lambda: KVCache(network.config.text, context, kv_dtype), 0)
@@ -149,7 +153,7 @@ class Decoding:
         # A picture is read in one pass, however large.
         most = max([DEFAULT_CHUNK, *(span.length for span in self.prompt.spans)])
         lease.before_pass(most)
-        for hidden in prefill(self.network, self.prompt, lease.cache, progress=self.progress):
+        for hidden in prefill(self.network, self.prompt, lease.cache, chunk_size=self.chunk, progress=self.progress):
             last = hidden[-1:]
             lease.before_pass(most)
         return last

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from iolite.cache import KVCache
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.names import expected_shapes
 from iolite.checkpoint.packing import PackingSource, read_weights
-from iolite.checkpoint.plan import LEAST_CONTEXT, plan
+from iolite.checkpoint.plan import LEAST_CONTEXT, Plan, plan
 from iolite.checkpoint.source import Source, open_source
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.device import Choice, choose, free_memory
@@ -98,9 +99,9 @@ def load(
     parameters = sum(_product(shape) for shape in expected_shapes(config).values())
     choice = choose(device, dtype, config.dtype, parameters, packed=scheme)
     kv_dtype = _kv_dtype(kv, choice, packed=scheme is not None)
-    room = _context_that_fits(source, scheme, kv, choice, context)
-    if context is None and room < limit:
-        note = f"; a context of {room:,} tokens of {limit:,}, which is what fits in memory"
+    planned = _plan_that_fits(source, scheme, kv, choice, context)
+    if context is None and planned.context < limit:
+        note = f"; a context of {planned.context:,} tokens of {limit:,}, which is what fits in memory"
         choice = replace(choice, reason=choice.reason + note)
     tokenizer = source.tokenizer()
     check_tokenizer(tokenizer, config)
@@ -120,23 +121,24 @@ def load(
         defaults=source.generation(),
         kv_dtype=kv_dtype,
         scheme=scheme,
-        context=room,
+        context=planned.context,
+        chunk=planned.chunk,
         load_seconds=time.perf_counter() - begin,
     )
 
 
-def _context_that_fits(source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None) -> int:
-    """Tokens of context that there is memory for: those that were asked for, or as many as fit.
+def _plan_that_fits(source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None) -> Plan:
+    """For the context that was asked for, or the longest that there is memory for.
 
-    Raises UsageError, with what would fit, when those asked for do not fit, or hardly any do.
+    Raises UsageError, with what would fit, when what was asked for does not, or hardly any context does.
     """
     limit = source.config.text.max_position_embeddings
     tiles = None
     if scheme:
         tiles = {name: format.tile_bytes for name, format in PackingSource(source, scheme).packed_formats().items()}
-    planned = plan(
+    planned_for = functools.partial(
+        plan,
         source.config,
-        context=asked or limit,
         quantize=scheme,
         kv=kv,
         dtype=choice.dtype_name,
@@ -144,10 +146,11 @@ def _context_that_fits(source: Source, scheme: str | None, kv: str, choice: Choi
         tiles=tiles,
         compiled=choice.device.type != "cpu" or cpu.load() is not None,
     )
+    planned = planned_for(context=asked or limit)
     if planned.fits is not False:
-        return planned.context
+        return planned
     if asked is None and planned.max_context >= min(LEAST_CONTEXT, limit):
-        return planned.max_context
+        return planned_for(context=planned.max_context)
     what = f"{source.name} with a context of {planned.context:,} tokens takes {human_bytes(planned.total_bytes)}"
     raise UsageError(f"{what}, and {human_bytes(planned.memory or 0)} of memory are free", planned.advice_text)
 
@@ -164,17 +167,12 @@ def _refuse(name: str, value: str | None) -> None:
 def _kv_dtype(kv: str, choice: Choice, packed: bool) -> torch.dtype | None:
     """What keys and values are kept in; None: what they are computed in. Packed weights compute in float32 on a CPU and
     keep bfloat16: the cache is read for every token, and is half the size."""
-    if kv not in ("auto", "bf16", "float32", "int8"):
-        raise UsageError(f"there is no kv format {kv!r}", "there are auto, bf16, float32 and int8")
-    stored = {"bf16": torch.bfloat16, "float32": torch.float32}.get(kv)
-    if kv == "int8" or (stored is torch.float32 and choice.dtype is not torch.float32):
-        raise UsageError(
-            f"kv={kv!r} is not available in this version while computing in {choice.dtype_name}",
-            'use kv="auto" or kv="bf16"',
-        )
+    kept = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+    if kv not in kept:
+        raise UsageError(f"there is no kv format {kv!r}", f"there are {', '.join(kept)}")
     if kv == "auto" and packed and choice.dtype is torch.float32:
         return torch.bfloat16
-    return stored
+    return kept[kv]
 
 
 @dataclass(frozen=True)
@@ -188,6 +186,7 @@ class Model:
     builder: PromptBuilder
     defaults: GenerationConfig
     context: int  # tokens of prompt and answer together
+    chunk: int  # tokens of a prompt in one pass
     kv_dtype: torch.dtype | None  # what keys and values are kept in, None: what is computed in
     scheme: str | None  # "int4" or "int8" of packed weights
     load_seconds: float
@@ -264,7 +263,7 @@ class Model:
         """Float32 scores [len(prompt.ids), vocabulary] of the token that follows each position."""
         prompt = self._as_prompt(prompt)
         check_fits(prompt, self.context + 1)
-        return prompt_logits(self.network, prompt, self.kv_dtype)
+        return prompt_logits(self.network, prompt, self.kv_dtype, self.chunk)
 
     def generate(
         self,
@@ -365,7 +364,15 @@ class Model:
         return params
 
     def _decoding(self, prompt: Prompt, params: SamplingParams, progress: Progress | None) -> Decoding:
-        return Decoding(self.network, prompt, params, context=self.context, progress=progress, prefixes=self.prefixes)
+        return Decoding(
+            self.network,
+            prompt,
+            params,
+            context=self.context,
+            chunk=self.chunk,
+            progress=progress,
+            prefixes=self.prefixes,
+        )
 
     def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:
         return prompt if isinstance(prompt, Prompt) else self.prompt(prompt)

@@ -14,9 +14,12 @@ from support.compressed import change_config, change_tensors
 from support.folder import random_folder
 
 import iolite
+from iolite.checkpoint.plan import plan
 from iolite.errors import CheckpointError, ContextError, DownloadError, MediaError, MessageError, UsageError
 from iolite.text.stream import ContentDelta, ReasoningDelta, ToolCallEnd, ToolCallStart
 
+DEMO = Path(__file__).parents[2] / "docs" / "demo"
+NUMBER = [{"type": "image", "image": str(DEMO / "number.png")}, {"type": "text", "text": "What number is this?"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds", "parameters": {"type": "object"}}}]
 CALL = '<|tool_call>call:add{a:2,b:<|"|>x, {y}<|"|>}<tool_call|>'
 
@@ -70,7 +73,6 @@ def test_dtype_and_context_are_obeyed(folder):
     [
         ({"quantize": "int3"}, "int3"),
         ({"drafter": "auto"}, "drafter"),
-        ({"kv": "int8"}, "kv"),
         ({"kv": "fp4"}, "kv"),
         ({"context": 1}, "context"),
         ({"context": 5000}, "context"),
@@ -106,6 +108,28 @@ def test_a_tokenizer_with_more_tokens_than_the_table_is_refused(folder, tmp_path
     change_tensors(other, lambda tensors: tensors.update({name: tensors[name][:455].clone()}))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json has 456 tokens, but config\.json has 455"):
         iolite.load(other)
+
+
+@pytest.mark.parametrize("kv", ["float32", "bf16", "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_formats_of_the_cache(kv, quantize):
+    """Each is what the caches really hold, and none loses what the picture shows."""
+    model, messages = iolite.load("nano", kv=kv, quantize=quantize), [{"role": "user", "content": NUMBER}]
+    assert model.kv_dtype is {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kv]
+    assert model.chat(messages).text == iolite.load("nano").chat(messages).text
+    (cache,) = (kept.cache for kept in model.prefixes._kept)
+    assert {store.dtype for layer in cache.layers for store in layer.buffers} == {model.kv_dtype}
+
+
+def test_a_tight_memory_makes_the_chunks_smaller(monkeypatch):
+    """Down to where the next smaller chunk would be 256, as planned, and the answer stays what it was."""
+    whole = iolite.load("nano", context=2048)
+    assert whole.chunk == 512
+    need = plan(whole.config, context=2048, dtype="float32", memory=1 << 40).total_bytes
+    monkeypatch.setenv("IOLITE_MEMORY", str(need - 1))
+    tight = iolite.load("nano", context=2048)
+    assert tight.chunk < 512
+    assert tight.chat("How many corners has a square?").text == whole.chat("How many corners has a square?").text
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8"])
