@@ -126,7 +126,7 @@ def test_a_tight_memory_makes_the_chunks_smaller(monkeypatch):
     whole = iolite.load("nano", context=2048)
     assert whole.chunk == 512
     need = plan(whole.config, context=2048, dtype="float32", memory=1 << 40).total_bytes
-    monkeypatch.setenv("IOLITE_MEMORY", str(need - 1))
+    monkeypatch.setenv("IOLITE_MEMORY", f"{need - 1}B")
     tight = iolite.load("nano", context=2048)
     assert tight.chunk < 512
     assert tight.chat("How many corners has a square?").text == whole.chat("How many corners has a square?").text
