@@ -88,10 +88,10 @@ class Kept:
 
         Otherwise going back would cost another conversation its tokens.
         """
-        if length == self.cache.length:
-            return True
-        most_of_the_turn = 2 * (length - self.turn) > self.asked - self.turn
-        return most_of_the_turn and (self.turn > 0 or length >= self.asked - ANSWER_BEGINS)
+        ends = [self.cache.length, *self.ends, *(checkpoint.length for checkpoint in self.checkpoints)]
+        if any(0 <= end - length <= ANSWER_BEGINS for end in ends):
+            return True  # ends: since it last went back, so of the last turn
+        return self.turn > 0 and 2 * (length - self.turn) > self.asked - self.turn
 
     def before_pass(self, most: int) -> None:
         """Keeps what is needed to go back to the ends of prompts, before a pass of at most that many tokens overwrites
