@@ -153,17 +153,18 @@ def new_cache(model: Model, room: int) -> KVCache:
 
 
 @torch.inference_mode()
-def filled_cache(network: Unified, depth: int, dtype: torch.dtype | None) -> KVCache:
+def filled_cache(network: Unified, depth: int, dtype: torch.dtype | None, shared: bool = True) -> KVCache:
     """A cache of depth tokens, and room for the passes behind them, with keys and values drawn at random."""
     decoder = network.language_model
     text, weight = network.config.text, decoder.norm.weight
-    cache = KVCache(text, depth + _CHUNK, dtype)
+    cache = KVCache(text, depth + _CHUNK, dtype, shared=shared)
     rng = torch.Generator().manual_seed(0)
     for number, (layer, block) in enumerate(zip(cache.layers, decoder.layers, strict=True)):
         assert isinstance(block, DecoderLayer)
         shape = (2, min(max(depth, 1), _CHUNK), text.layer_kv_heads(number), text.layer_head_dim(number))
         k, v = torch.randn(shape, generator=rng).to(weight.device, weight.dtype)
-        for start in range(0, max(depth, 1), _CHUNK):
+        first = 0 if text.is_full(number) else max(0, depth - layer.limit) // _CHUNK * _CHUNK  # what a ring keeps
+        for start in range(first, max(depth, 1), _CHUNK):
             some = slice(depth - start if depth else 1)
             layer.extend(k[some], v[some], start, block.self_attn.k_norm.weight)
     cache.length = depth
