@@ -167,6 +167,7 @@ def transformers_cache(text: TextConfig, depth: int) -> Callable[[], None]:
     return once
 
 
+@torch.inference_mode()
 def peak(name: str, context: int, kv: str) -> dict[str, Any]:
     """Of this process: the plan's bytes and the peak, in a run that fills the context."""
     model = iolite.load(name, context=context, kv=kv)

@@ -300,8 +300,9 @@ def _check_rows(layer: LayerCache, rows: Sequence[Tensor], length: int) -> None:
 
 def _pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """Zeros that take memory as they are written to; None where the system does not promise that much."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
-        memory = mmap.mmap(-1, prod(shape) * dtype.itemsize)
+        memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, **private)  # else a forked child would write to it too
     except (OSError, ValueError):
         return None
     return torch.frombuffer(memory, dtype=dtype).view(shape)
