@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from iolite.cli import options
 from iolite.cli.attachments import attach, pick_paths
 from iolite.cli.conversation import SETTINGS, Conversation, missing_media
+from iolite.cli.keeping import Keeper
 from iolite.cli.terminal import report, say, show
 from iolite.errors import IoliteError, UsageError
+from iolite.memory import parse_bytes
 
 if TYPE_CHECKING:
     from iolite.generate.model import Model
@@ -37,22 +40,44 @@ FENCE = '"""'
     options.IMAGE_TOKENS,
     *options.LOADING,
     options.VERBOSE,
+    click.option(
+        "--save",
+        metavar="FILE",
+        help="Keep the chat in FILE and what the model has read in FILE.cache; go on with it if FILE is there.",
+    ),
+    click.option(
+        "--cache-limit", metavar="SIZE", default="4GB", show_default=True, help="Most that FILE.cache may take."
+    ),
 )
-def command(name: str | None, model: str | None, **settings: Any) -> None:
+def command(name: str | None, model: str | None, save: str | None, cache_limit: str, **settings: Any) -> None:
     """Talk with MODEL (by default nano). Type /help for what the chat understands.
 
-    Sampling flags that are not given are the model's own.
+    Sampling flags that are not given are the model's own, or those of the chat that is gone on with.
     """
     if name is not None and model is not None:
         raise UsageError(f"two models: {name!r} and {model!r}", "name one of them")
     loading = options.take_loading(settings)
+    limit = parse_bytes(cache_limit)
     loaded = options.load_model(next((n for n in (name, model) if n is not None), "nano"), **loading)
-    given = {key: value for key, value in settings.items() if value not in (None, ())}
     chat = Chat(loaded, Conversation())
-    chat.talk.settings |= given
+    kept = _file(save, "--save FILE") if save is not None else None
+    if kept and kept.exists():
+        chat.load(str(kept))
+        settings = {key: value for key, value in settings.items() if _is_given(key)}
+    chat.talk.settings |= {key: value for key, value in settings.items() if value not in (None, ())}
     chat.check()
+    chat.keeper = Keeper(kept, loaded, limit) if kept else None
     say(f"{loaded.name}: {loaded.choice.reason}, {loaded.context} tokens of context. /help explains, Ctrl+D leaves.")
-    chat.run(make_reader())
+    try:
+        chat.run(make_reader())
+    finally:
+        if chat.keeper:
+            chat.keeper.close()
+
+
+def _is_given(name: str) -> bool:
+    """Whether a flag stands on the command line."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 Reader = Callable[[str], str]
@@ -64,6 +89,7 @@ class Chat:
 
     def __init__(self, model: Model, talk: Conversation) -> None:
         self.model, self.talk = model, talk
+        self.keeper: Keeper | None = None  # where turns are kept as they are done
         self.unsent = ""  # a message that could not be answered, offered again
         self.over = False
 
@@ -132,6 +158,8 @@ class Chat:
             say(f"note: {reply.notice}")
         if self.talk.settings.get("verbose"):
             report(self.model, reply)
+        if self.keeper:
+            self.keeper.save(self.talk)
 
     def check(self) -> None:
         """Raises UsageError when the settings are not possible for this model."""
@@ -184,14 +212,14 @@ class Chat:
 
     def clear(self, _: str) -> None:
         self.talk.clear()
+        self.model.prefixes.clear()
+        if self.keeper:
+            self.keeper.forget(self.talk)
         say("Forgotten. Settings stay.")
 
     def save(self, path: str) -> None:
         where = _file(path, "/save FILE")
-        try:
-            where.write_text(self.talk.to_json(self.model.name), encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{where} cannot be written: {error.strerror}") from None
+        self.talk.write(where, self.model.name)
         say(f"Saved {len(self.talk.messages)} messages in {where}")
 
     def load(self, path: str) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from iolite.cli.attachments import ENDINGS, Attachment, user_message
@@ -98,6 +99,16 @@ class Conversation:
         """What `/save` writes."""
         data = {"format": FORMAT, "model": model, "settings": self.settings, "messages": self.messages}
         return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+
+    def write(self, path: Path, model: str) -> None:
+        """Writes a file that only its owner may read, beside its place and renamed: what was there stays until all of
+        it is on the disk. Raises CheckpointError where that is not possible."""
+        from iolite.checkpoint.safetensors import replacing
+
+        with replacing(path) as file:
+            os.chmod(file.name, 0o600)
+            # Halves of characters, as a broken paste has them, are written as JSON escapes them.
+            file.write(self.to_json(model).encode("utf-8", "backslashreplace"))
 
     def load(self, text: str) -> None:
         """Takes over what `/save` wrote; raises UsageError, and changes nothing, for anything else."""

@@ -111,7 +111,9 @@ def report(model: Model, reply: Reply) -> None:
     t = reply.timings
     say(f"load:        {model.load_seconds:.2f} s, {model.choice.reason}")
     say(
-        f"prompt:      {t.prompt_tokens} tokens in {t.prefill_seconds:.2f} s, {t.prompt_tokens_per_second:.1f} tokens/s"
+        f"prompt:      {t.prefilled_tokens} tokens in {t.prefill_seconds:.2f} s, "
+        f"{t.prompt_tokens_per_second:.1f} tokens/s"
+        + (f"; {t.cached_tokens} before them had been read already" if t.cached_tokens else "")
     )
     say(f"first token: {t.time_to_first_token:.2f} s")
     say(

@@ -71,6 +71,7 @@ class DiskStore:
         """
         self.folder, self.limit_bytes, self.note, self.device = Path(folder), limit_bytes, note, device
         self.identity = {"format": FORMAT, **identity}
+        self._too_large: set[str] = set()  # of which that was noted
         self._seen: dict[tuple[str, int, int], _Found | None] = {}  # (name, size, time of change) -> what is in it
         try:
             if not self.folder.is_dir():
@@ -104,8 +105,10 @@ class DiskStore:
         tensors = _tensors(kept)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if size > self.limit_bytes:
-            limit = human_bytes(self.limit_bytes)
-            self.note(f"{human_bytes(size)} of cache are more than the limit of {limit}: not written")
+            if kept.name not in self._too_large:
+                limit = human_bytes(self.limit_bytes)
+                self.note(f"{human_bytes(size)} of cache are more than the limit of {limit}: not written")
+            self._too_large.add(kept.name)
             return False
         path = self.folder / f"{kept.name}{ENDING}"
         metadata = self.identity | {

@@ -136,8 +136,8 @@ def test_each_turn_reads_what_is_new_and_scores_as_a_cold_run(cold, tmp_path, re
     assert notes == []
     assert len(model.prefixes) == (0 if restarts else 1)
     worst = max(float((a - b).abs().max()) for a, b in zip(scripted.scores, cold, strict=True))
-    # Float32 sums in other orders through 8 layers, for scores of size 10: some hundred times 2^-24 * 10.
-    assert worst <= 1e-3, worst
+    # Scores of size 10 in float32 are rounded to 6e-7; sums in other orders, through all layers: a hundred of those.
+    assert worst <= 6e-5, worst
 
 
 def test_answers_of_the_embedded_model_are_those_of_a_cold_run():
