@@ -84,7 +84,7 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -
 
 
 def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> Tensor:
-    if _on_cpu(q):
+    if _on_cpu(q) and keys.k.dtype in cpu.KINDS:
         return cpu.attention(
             q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
             window=window or 0, blocks=blocks, k_scale=keys.k_scale, v_scale=keys.v_scale,

@@ -330,6 +330,8 @@ def collate(layout: Layout, rows: Sequence[Example | None]) -> Arrays:
 class BucketBatch:
     """One step's batch, in the form `iolite.model` asks for (its `Batch`): a flat stream, attention by bucket."""
 
+    sequence = None
+
     def __init__(self, config: TextConfig, layout: Layout, arrays: Arrays, device: torch.device | str = "cpu") -> None:
         t = {key: torch.from_numpy(value).to(device) for key, value in arrays.items()}
         self.config, self.layout = config, layout
@@ -353,7 +355,7 @@ class BucketBatch:
         self._sliding = BucketAttention(layout.buckets, tuple(sliding))
         self._full = BucketAttention(layout.buckets, tuple(full))
 
-    def attend(self, layer: int) -> Attend:
+    def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
         return self._full if self.config.is_full(layer) else self._sliding
 
     def finish(self) -> None:

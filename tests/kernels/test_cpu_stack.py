@@ -109,6 +109,15 @@ def test_it_follows_buffers_that_grow(network, monkeypatch):
     assert torch.equal(run(network, KVCache(network.config.text, 300), [1] * 150), reserved)
 
 
+def test_a_format_that_the_kernels_do_not_read_is_left_to_the_reference(network):
+    """float16, which has three bits more than bfloat16: so its error is less."""
+    whole, brain, half = (
+        run(network, KVCache(network.config.text, 100, dtype), [30, 1, 4])
+        for dtype in (None, torch.bfloat16, torch.float16)
+    )
+    assert 0 < (half - whole).square().mean() < (brain - whole).square().mean()
+
+
 def test_it_goes_on_after_going_back(network):
     cache, straight = (KVCache(network.config.text, 100, torch.int8) for _ in range(2))
     run(network, cache, [40, 1, 1, 1])

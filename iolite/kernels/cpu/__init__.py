@@ -3,7 +3,7 @@
 `load()` gives the library or None, `reason()` why not; the operations follow `iolite/kernels/reference.py`.
 """
 
-from iolite.kernels.cpu.attention import attention
+from iolite.kernels.cpu.attention import KINDS, attention
 from iolite.kernels.cpu.block import MOST_TOKENS, Block, block
 from iolite.kernels.cpu.library import isa, isas, load, reason, set_threads, threads
 from iolite.kernels.cpu.products import gated, linear
@@ -11,7 +11,6 @@ from iolite.kernels.cpu.rows import add_rms_norm, embed, geglu, norm_rope, rms_n
 from iolite.kernels.cpu.stack import stack
 
 __all__ = [
-    "MOST_TOKENS", "Block", "add_rms_norm", "attention", "block", "embed", "gated", "geglu", "isa", "isas", "linear",
-    "load", "norm_rope", "reason", "rms_norm", "set_threads", "softcap", "stack",
-    "threads",
+    "KINDS", "MOST_TOKENS", "Block", "add_rms_norm", "attention", "block", "embed", "gated", "geglu", "isa", "isas",
+    "linear", "load", "norm_rope", "reason", "rms_norm", "set_threads", "softcap", "stack", "threads",
 ]  # fmt: skip

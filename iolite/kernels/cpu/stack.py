@@ -58,7 +58,8 @@ def stack(layers: Iterable[Any], x: Tensor, sliding: Angles, full: Angles, cache
     """
     layers, n = list(layers), x.shape[0]
     blocks, weights = [block(layer) for layer in layers], [layer.self_attn.k_norm.weight for layer in layers]
-    if n > MOST_TOKENS or None in blocks or not cache.place(n, weights):
+    takes = cache.dtype is None or cache.dtype in KINDS
+    if n > MOST_TOKENS or None in blocks or not takes or not cache.place(n, weights):
         return None
     if (rows := _caches.get(cache)) is None or not rows.is_current(cache):
         rows = _caches[cache] = _Rows(cache)
