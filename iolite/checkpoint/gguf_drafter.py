@@ -1,7 +1,8 @@
 """A drafter's settings and tensors, in a folder or in a GGUF file.
 
 A drafter is a decoder without keys and values of its own (it reads those of the model that it drafts for) between two
-projections, from the model's width and back to it. Names of tensors here are those of its safetensors file.
+projections, from the model's width and back to it. Names of tensors here are those of its safetensors file. Matrices
+may be packed: in a folder as `iolite/checkpoint/packed_folder.py` has it, in a GGUF file by its own types.
 """
 
 from __future__ import annotations
@@ -9,35 +10,44 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from iolite.checkpoint import gguf_metadata
-from iolite.checkpoint.gguf_blocks import dequantize
+from iolite.checkpoint import gguf_metadata, packed_folder
+from iolite.checkpoint.folder import WEIGHT_FORMATS, read_quantization
+from iolite.checkpoint.gguf_blocks import DECODED, PACKED, dequantize, repack
 from iolite.checkpoint.gguf_export import KINDS, Planned, Progress, fitting_kind, general_metadata, write_file
 from iolite.checkpoint.gguf_names import ROPE, drafter_from_gguf, drafter_to_gguf
 from iolite.checkpoint.gguf_source import open_gguf, rope_angles
 from iolite.checkpoint.safetensors import SafetensorsFile
 from iolite.config import ModelConfig, TextConfig, read_json
 from iolite.errors import CheckpointError, ConfigError
+from iolite.quant.formats import PackedMatrix, format_of_tile, packed_shape
 from iolite.text.tokenizer import Tokenizer
 
 MODEL_TYPE = "gemma4_unified_assistant"
 
 
 @dataclass(frozen=True)
-class Drafter:
-    """A drafter: a decoder without keys and values of its own, and two projections from and to its model's width.
+class DrafterSource:
+    """A drafter that was found and whose headers were checked; no weight has been read.
 
-    shapes and `weight` are by the names in its safetensors file.
+    shapes, `weight` (floats, whatever the file has) and `packed` (a packed matrix as it lies, None for floats) are by
+    the names in its safetensors file.
     """
 
     name: str
     text: TextConfig
     backbone_hidden_size: int
-    tokenizer: Tokenizer
+    read_tokenizer: Callable[[], Tokenizer]
     shapes: Mapping[str, tuple[int, ...]]
     weight: Callable[[str], Tensor]
+    packed: Callable[[str], PackedMatrix | None] = lambda _: None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.read_tokenizer()
 
 
 def read_drafter_config(folder: Path) -> tuple[TextConfig, int]:
@@ -83,25 +93,62 @@ def drafter_shapes(text: TextConfig, backbone: int) -> dict[str, tuple[int, ...]
     }
 
 
-def open_drafter(folder: Path, tokenizer: Tokenizer | None = None) -> Drafter:
+def open_drafter(folder: Path, tokenizer: Tokenizer | None = None) -> DrafterSource:
     """The drafter in a folder; its weights are mapped. `tokenizer`: its model's, for a folder without one.
 
-    Raises CheckpointError for a tensor that is missing or of another shape.
+    Raises CheckpointError for a tensor that is missing, of another shape, or no weight.
     """
     text, backbone = read_drafter_config(folder)
     file, shapes = SafetensorsFile(folder / "model.safetensors"), drafter_shapes(text, backbone)
+    quantization = read_quantization(folder)
+    if quantization is not None:
+        _check_quantization(folder, quantization)
     for name, shape in shapes.items():
-        if name not in file or file.shape(name) != shape:
-            found = f"has the shape {list(file.shape(name))}" if name in file else "is missing"
-            raise CheckpointError(f"{folder}: tensor {name} {found}; config.json makes it {list(shape)}")
+        if name not in file:
+            raise CheckpointError(f"{folder}: tensor {name} is missing; config.json makes it {list(shape)}")
+        _check_tensor(folder, file, name, shape, packs=quantization is not None)
     if extra := [name for name in file.keys() if name not in shapes]:  # noqa: SIM118 (not a dict)
         raise CheckpointError(f"{folder}: tensor {extra[0]} is not a part of a drafter")
-    if tokenizer is None or (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_folder(folder)
-    return Drafter(folder.name, text, backbone, tokenizer, shapes, file.tensor)
+
+    def packed(name: str) -> PackedMatrix | None:
+        return PackedMatrix(file.tensor(name), *shapes[name]) if file.dtype(name) == "U8" else None
+
+    def weight(name: str) -> Tensor:
+        matrix = packed(name)
+        return file.tensor(name) if matrix is None else matrix.to_float()
+
+    def read_tokenizer() -> Tokenizer:
+        if tokenizer is None or (folder / "tokenizer.json").is_file():
+            return Tokenizer.from_folder(folder)
+        return tokenizer
+
+    return DrafterSource(folder.name, text, backbone, read_tokenizer, shapes, weight, packed)
 
 
-def open_gguf_drafter(path: Path) -> Drafter:
+def _check_quantization(folder: Path, found: Mapping[str, Any]) -> None:
+    known = packed_folder.METHOD, packed_folder.VERSION
+    if (found["quant_method"], found.get("version")) != known or found.get("scheme") not in packed_folder.SCHEMES:
+        raise CheckpointError(
+            f"{folder} holds a drafter packed by {found['quant_method']}, version {found.get('version')!r}, scheme "
+            f"{found.get('scheme')!r}",
+            "iolite reads drafters as floats, in its own int4 and int8 of version 1, and from GGUF files",
+        )
+
+
+def _check_tensor(folder: Path, file: SafetensorsFile, name: str, shape: tuple[int, ...], packs: bool) -> None:
+    found, kind = file.shape(name), file.dtype(name)
+    wanted = shape
+    if packs and kind == "U8" and len(shape) == 2 and len(found) == 3:
+        wanted = packed_shape(*shape, format_of_tile(found[2]))
+    elif kind not in WEIGHT_FORMATS:
+        raise CheckpointError(f"{folder}: tensor {name} is in {kind}, which is no weight")
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder}: tensor {name} has the shape {list(found)}; config.json makes it {list(wanted)}"
+        )
+
+
+def open_gguf_drafter(path: Path) -> DrafterSource:
     """The drafter in a GGUF file; `weight` decodes a tensor. Raises CheckpointError for anything else."""
     prefix, file = gguf_metadata.DRAFTER, open_gguf(path, gguf_metadata.DRAFTER)
     tensors = {drafter_from_gguf(name): tensor for name, tensor in file.tensors.items() if name != ROPE}
@@ -124,22 +171,24 @@ def open_gguf_drafter(path: Path) -> Drafter:
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise CheckpointError(f"{path.name}: {name} has the shape {list(tensors[name].shape)}, not {list(shape)}")
+        if (kind := tensors[name].type) not in DECODED or (len(shape) != 2 and kind in PACKED):
+            raise CheckpointError(f"{path.name}: {name} is of the type {kind}, which is not supported there")
 
     def weight(name: str) -> Tensor:
         tensor = tensors[name]
         return dequantize(file.raw(tensor.name), tensor.type, tensor.shape)
 
-    return Drafter(
-        path.stem,
-        text,
-        backbone,
-        gguf_metadata.read_tokenizer(file.metadata, path.name),
-        shapes,
-        weight,
-    )
+    def packed(name: str) -> PackedMatrix | None:
+        tensor = tensors[name]
+        return repack(file.raw(tensor.name), tensor.type, *tensor.shape) if tensor.type in PACKED else None
+
+    def read_tokenizer() -> Tokenizer:
+        return gguf_metadata.read_tokenizer(file.metadata, path.name)
+
+    return DrafterSource(path.stem, text, backbone, read_tokenizer, shapes, weight, packed)
 
 
-def write_drafter(path: Path, drafter: Drafter, to: str, progress: Progress | None = None) -> None:
+def write_drafter(path: Path, drafter: DrafterSource, to: str, progress: Progress | None = None) -> None:
     """A drafter as a GGUF file."""
     text, kind = drafter.text, KINDS[to]
     plan = [
