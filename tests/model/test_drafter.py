@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -145,6 +146,20 @@ def test_kinds_of_cache(
     error = (found - expected).square().mean().sqrt() / expected.std()
     assert error < most
     assert (error > 1e-5) == (dtype is not torch.float32)
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("models", [torch.float32, torch.bfloat16], ids=str)
+def test_number_formats(models: torch.dtype, own: torch.dtype, load_tiny: Load, tiny_drafter: LoadDrafter) -> None:
+    """A drafter's format need not be its model's. From the same cache and state it is off by its own rounding only."""
+    model, drafter = copy.deepcopy(load_tiny("published")).to(models), copy.deepcopy(tiny_drafter("published")).to(own)
+    cache = KVCache(model.config.text)
+    hidden = read(model, cache, sample_for("published", Text(9), Image(4, 3), Text(40)))[-1:]
+    found = steps(drafter, model, hidden, cache, 1)
+    expected = steps(tiny_drafter("published"), copy.deepcopy(model).float(), hidden.float(), cache, 1)
+    error = (found - expected).square().mean().sqrt() / expected.std()
+    assert found.dtype is torch.float32
+    assert error < (1e-5 if own is torch.float32 else 0.05)
 
 
 def test_nothing_is_written(load_tiny: Load, tiny_drafter: LoadDrafter) -> None:
