@@ -6,12 +6,20 @@ The bound of an output, with u = 2^-24: errors of the weights e^(score) times th
 - The exponential, 1.2e-7, enters twice as well.
 - Sums over keys are made of blocks of 64, joined with two operations a block, merged over at most 32 ranges.
 
-The mask is exact: a key too many or too few is far outside the bound.
+- Few new tokens with many heads for a key, over bfloat16 or int8, go through bfloat16 products on processors that have
+  them. The score then has twice as many products, of query parts that leave out 2^-17 of the query. Each weight p is
+  rounded within 2^-8 of it: with independent roundings the sum of p times values up to V is off by more than
+  6 * 2^-8 * sqrt(sum p²) * V for odds of 1 in 30 million (Hoeffding, 1963). That enters twice too: the values it weighs
+  are those less their mean.
+
+The mask is exact: a key too many or too few is far outside the bound. For bfloat16 products, whose bound is wide, there
+are tests of their own in which one key has all the weight.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +33,10 @@ from iolite.kernels import cpu, reference
 from iolite.kernels.contracts import Keys
 
 EXP = 1.2e-7  # relative error of the kernels' exponential
+
+BFLOAT16 = 2.0**-8  # rounding to bfloat16, relative
+CPU = Path("/proc/cpuinfo")
+HAS_PAIRS = CPU.exists() and "avx512_bf16" in CPU.read_text().split()
 
 paths = pytest.mark.parametrize("isa", ISAS)
 
@@ -65,10 +77,28 @@ class Case:
             k_scale=scale, v_scale=scale,
         )  # fmt: skip
         read_k, read_v = (reference.to_float(t, scale, rows, torch.float32) for t in (k, v))
-        scores = 4 * self.size**0.5 * UNIT * largest_terms(q, read_k)
+        terms = largest_terms(q, read_k)
+        scores = 4 * self.size**0.5 * UNIT * terms
         sums = 64 + 2 * (count // 64 + 1) + 2 * 32 + 8 + 1  # and a product with the scale
-        bound = 2 * (scores + EXP + sums * UNIT).double() * read_v.abs().max().item()
+        weights = torch.zeros(())
+        if kernels is cpu and self.in_pairs():
+            scores = (4 * (2 * self.size) ** 0.5 * UNIT + 2.0**-17) * terms
+            weights = 6 * BFLOAT16 * self.spread(q, read_k, blocks)
+        bound = 2 * (scores + EXP + sums * UNIT + weights).double() * read_v.abs().max().item()
         assert_within(ours, exact, bound[..., None])
+
+    def in_pairs(self) -> bool:
+        """Whether the code path in use takes bfloat16 products for this."""
+        narrow = self.dtype in (torch.bfloat16, torch.int8) and self.size % 64 == 0
+        return HAS_PAIRS and cpu.isa() == "avx512" and narrow and self.n <= 8 and self.n * self.group > 12
+
+    def spread(self, q: Tensor, k: Tensor, blocks: Tensor | None) -> Tensor:
+        """sqrt(sum p²) over the weights p of each query and head: [N, H] for q [N, H, D], k [S, K, D]."""
+        at = torch.arange(len(k))
+        key_blocks = None if blocks is None else torch.cat((blocks.new_zeros(self.past), blocks))
+        seen = reference.may_look(at[self.past :], at, blocks, key_blocks, self.window or None)
+        scores = torch.einsum("nkgd,skd->nkgs", q.unflatten(1, (self.kv_heads, -1)), k).flatten(1, 2)
+        return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).square().sum(-1).sqrt()
 
 
 def largest_terms(q: Tensor, k: Tensor) -> Tensor:
@@ -98,6 +128,8 @@ def test_every_number_of_keys(isa: str, count: int) -> None:
         with code_path(isa, threads):
             Case(1, count - 1).check()
             Case(1, count - 1, kv_heads=1, group=16).check()
+            Case(1, count - 1, kv_heads=1, group=16, dtype=torch.bfloat16).check()
+            Case(1, count - 1, kv_heads=1, group=13, dtype=torch.int8).check()
             Case(1, count - 1, size=17).check()
             Case(1, count - 1, size=17, dtype=torch.int8).check()
 
@@ -112,7 +144,7 @@ def test_any_head(isa: str, size: int, group: int) -> None:
 
 
 @paths
-@pytest.mark.parametrize("n", [1, 4, 16, 60])
+@pytest.mark.parametrize("n", [1, 4, 7, 16, 60])
 @pytest.mark.parametrize(("kv_heads", "group", "size", "window"), [(8, 2, 256, 1024), (1, 16, 512, 0)])
 def test_the_heads_of_the_large_model(isa: str, n: int, kv_heads: int, group: int, size: int, window: int) -> None:
     with code_path(isa, 2):
@@ -130,6 +162,7 @@ def test_keys_around_the_end_of_a_ring(isa: str, before: int, n: int) -> None:
             first = 110 + n + slack - before
             Case(n, 110, first=first, slack=slack, window=60).check()
             Case(n, 110, first=first, slack=slack, size=20).check()
+            Case(n, 110, 1, 16, first=first, slack=slack, dtype=torch.bfloat16).check()
 
 
 TWO_WAY = {
@@ -160,6 +193,7 @@ def test_scores_of_any_size(isa: str, group: int) -> None:
         for n in (1, 6, 50):
             for loud in (1e-6, 30.0, 1e3):
                 Case(n, 200, group=group, loud=loud).check()
+                Case(n, 200, group=group, loud=loud, dtype=torch.bfloat16).check()
 
 
 @paths
@@ -177,6 +211,76 @@ def test_far_apart_scores_choose_one_key(isa: str, size: int, top: float) -> Non
         with code_path(isa, 2):
             out = cpu.attention(q, k, v, keys=300, past=300 - n)
         assert torch.equal(out, v[250].expand_as(out))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("window", [0, 3, 63, 64, 100])
+@pytest.mark.parametrize("newest", [True, False])
+def test_the_mask_of_bfloat16_products(dtype: torch.dtype, window: int, newest: bool) -> None:
+    """Scores rise by 100 a key, or fall: all weight is on the last key that a query may look at, or on the first."""
+    keys, room, first = 333, 340, 150
+    s = torch.arange(keys)
+    k, v = torch.full((2, room, 1, 64), 0.0 if dtype is torch.int8 else torch.nan)
+    rows = (s + first) % room
+    k[rows, 0] = 0
+    k[rows, 0, 0], k[rows, 0, 5] = (s // 16).float(), (s % 16).float()
+    v[rows] = torch.randint(-100, 100, (keys, 1, 64), generator=torch.Generator().manual_seed(0)).float()
+    scale = torch.full((room, 1), torch.nan).index_fill(0, rows, 1.0) if dtype is torch.int8 else None
+    blocks = torch.tensor([1, 1, 1, 0, 2, 2, 3, 0])
+    for n in (1, 2, 5, 8):
+        q = torch.zeros(n, 16, 64)
+        q[..., 0], q[..., 5] = (1600, 100) if newest else (-1600, -100)
+        all_blocks = torch.cat((torch.zeros(keys - n, dtype=torch.int64), blocks[:n]))
+        seen = reference.may_look(s[-n:], s, blocks[:n], all_blocks, window or None)
+        one = [int(row.nonzero().flatten()[-1 if newest else 0]) for row in seen]
+        for threads in (1, 2):
+            with code_path("avx512", threads):
+                out = cpu.attention(
+                    q, k.to(dtype), v.to(dtype), first=first, room=room, keys=keys, past=keys - n, window=window,
+                    blocks=blocks[:n], k_scale=scale, v_scale=scale,
+                )  # fmt: skip
+            assert torch.equal(out, v[rows[one]].expand_as(out))
+
+
+@paths
+@pytest.mark.parametrize("n", [1, 8, 9])
+def test_the_mean_of_equal_values_is_that_value(isa: str, n: int) -> None:
+    """Also where weights are rounded: they are divided by the sum of what they were rounded to."""
+    q, k = torch.randn(n + 300, 16, 64, generator=torch.Generator().manual_seed(n)).split((n, 300))
+    v = torch.ones(300, 1, 64, dtype=torch.bfloat16)
+    with code_path(isa, 2):
+        out = cpu.attention(q / 8, k[:, :1].bfloat16(), v, keys=300, past=300 - n)
+    assert_within(out, torch.ones_like(out).double(), torch.tensor(300 * UNIT, dtype=torch.float64))
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bfloat16", "int8"])
+def test_queries_keep_what_bfloat16_has_no_room_for(isa: str, dtype: torch.dtype) -> None:
+    """Two keys, whose scores 64 q and 64 are apart by less than rounding q to bfloat16 would change them."""
+    k, v = torch.zeros(2, 2, 1, 64)
+    k[0, 0, 7], k[1, 0, 60], v[0] = 64, 64, 1
+    extra = torch.linspace(-(2.0**-8), 2.0**-8, 100)
+    q = torch.zeros(1, 100, 64)
+    q[0, :, 7], q[0, :, 60] = 1 + extra, 1
+    scale = torch.ones(2, 1) if dtype is torch.int8 else None
+    with code_path(isa):
+        out = cpu.attention(q, k.to(dtype), v.to(dtype), keys=2, past=1, k_scale=scale, v_scale=scale)
+    exact = torch.sigmoid(64 * (q[0, :, 7].double() - 1))[:, None].expand_as(out)
+    # Of the query; and of the smaller weight, at most half of the sum that it is divided by.
+    assert_within(out, exact, torch.tensor(64 * 1.01 * 2.0**-17 / 4 + BFLOAT16 / 2 + 1e-6, dtype=torch.float64))
+
+
+@pytest.mark.skipif(not CPU.exists(), reason="what the processor has is read from /proc/cpuinfo")
+def test_bfloat16_products_where_the_processor_has_them() -> None:
+    """Float32 arithmetic does not tell a bfloat16 cache from the same numbers in float32; bfloat16 products do."""
+    random = torch.Generator().manual_seed(0)
+    k = torch.randn(300, 1, 64, generator=random).bfloat16()
+    for n, heads, size in ((1, 16, 64), (8, 16, 64), (1, 12, 64), (9, 16, 64), (1, 16, 60)):
+        q = torch.randn(n, heads, size, generator=random) / 8
+        with code_path("avx512", 2):
+            kinds = (k[..., :size], k[..., :size].float())
+            narrow, wide = (cpu.attention(q, x, x, keys=300, past=300 - n) for x in kinds)
+        assert torch.equal(narrow, wide) != (HAS_PAIRS and n <= 8 and heads == 16 and size == 64)
 
 
 @paths

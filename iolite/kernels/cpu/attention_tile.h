@@ -92,6 +92,8 @@ struct Ahead {
     int64_t stride[2], bytes, keys;
     int64_t which, key, byte;
 
+    int64_t lines() const { return ((2 - which) * keys - key) * ceil_div(bytes, 64); }  // that are left
+
     void ask(int64_t lines) {
         for (; lines > 0 && which < 2; lines--) {
             __builtin_prefetch(row[which] + byte, 0, 2);
@@ -112,6 +114,12 @@ Ahead ahead_of(const Task<T>& t, const KeyBlock<T>& next) {
     ahead.stride[0] = a.k_row * size, ahead.stride[1] = a.v_row * size;
     ahead.bytes = a.D * size, ahead.keys = next.n;
     ahead.which = next.n > 0 ? 0 : 2;
+    // A key and a value that overlap are one stretch of memory.
+    const ptrdiff_t apart = ahead.row[0] - ahead.row[1], distance = apart < 0 ? -apart : apart;
+    if (next.n > 0 && a.k_row == a.v_row && distance < ahead.bytes) {
+        ahead.row[1] = apart < 0 ? ahead.row[0] : ahead.row[1];
+        ahead.bytes += distance, ahead.which = 1;
+    }
     return ahead;
 }
 
@@ -251,7 +259,7 @@ void attend_tile(const Task<T>& t, const Looks& looks, float* memory) {
     while (at.n > 0) {
         const KeyBlock<T> next = block_at(t, at.key + at.n);
         Ahead ahead = ahead_of(t, next);
-        const int64_t lines = ceil_div(2 * next.n * ceil_div(ahead.bytes, 64), calls);
+        const int64_t lines = ceil_div(ahead.lines(), calls);
         pack_strips(at.k, a.k_row, at.n, a.D, kDepth, tile.keys);
         pack_strips(at.v, a.v_row, at.n, a.D, kStrip, tile.values);
         all_scores(tile, at.n, a.D, ahead, lines);

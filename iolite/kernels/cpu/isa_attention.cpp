@@ -4,6 +4,7 @@
 // read. With few tasks, as when one token is decoded, the keys are cut into ranges as well, and what each range found
 // is merged: sums about different maxima, scaled to the largest.
 #include "attention_few.h"
+#include "attention_pairs.h"
 #include "attention_parts.h"
 #include "attention_tile.h"
 #include "scratch.h"
@@ -13,9 +14,12 @@ namespace {
 
 constexpr int64_t kLeastRange = 128;  // keys
 
+// Ways to compute attention. -> the files attention_*.h
+enum class Way { kFew, kPairs, kTile };
+
 struct Plan {
     const iol_attention_args* args;
-    bool few;
+    Way way;
     int64_t rows, row_blocks;  // of a key-value head: rows in a task, and how many tasks make up all rows
     int64_t ranges;            // of the keys
     int64_t stride;            // of a row of sums
@@ -29,11 +33,17 @@ struct Plan {
     }
 };
 
+Way way_of(const iol_attention_args& a, int64_t rows) {
+    if (a.D % 64 != 0) return Way::kTile;
+    if (rows <= kFewRows) return Way::kFew;
+    return a.N <= kPairTokens && a.kv_type != 0 && has_pairs() ? Way::kPairs : Way::kTile;
+}
+
 Plan make_plan(const iol_attention_args& a, int64_t threads, bool alone) {
     Plan plan{};
     plan.args = &a;
     const int64_t rows = plan.head_rows();
-    plan.few = rows <= kFewRows && a.D % 64 == 0;
+    plan.way = way_of(a, rows);
     plan.rows = round_up(ceil_div(rows, ceil_div(rows, kRows)), W);
     plan.row_blocks = ceil_div(rows, plan.rows);
     plan.stride = round_up(a.D, kStrip);
@@ -50,6 +60,26 @@ void divide(const float* mean, float mass, int64_t D, float* out) {
     for (int64_t d = 0; d < D; d++) out[d] = mean[d] * scale;
 }
 
+// Floats of memory that a task wants besides its sums.
+int64_t task_floats(const Plan& plan) {
+    if (plan.way == Way::kFew) return 0;
+#ifdef IOL_HAS_PAIRS
+    if (plan.way == Way::kPairs) return pair_floats(plan.rows, plan.args->D);
+#endif
+    return tile_floats(plan.rows, plan.args->D);
+}
+
+template <class T>
+void attend(Way way, const Task<T>& task, const Looks& looks, float* memory) {
+    if (way == Way::kFew) return attend_few(task, looks);
+#ifdef IOL_HAS_PAIRS
+    if constexpr (sizeof(T) < sizeof(float)) {
+        if (way == Way::kPairs) return attend_pairs(task, looks, memory);
+    }
+#endif
+    attend_tile(task, looks, memory);
+}
+
 template <class T>
 void run_task(const Plan& plan, int64_t block, int64_t head, int64_t range) {
     const iol_attention_args& a = *plan.args;
@@ -61,14 +91,10 @@ void run_task(const Plan& plan, int64_t block, int64_t head, int64_t range) {
     const int64_t each = round_up(ceil_div(max(0, looks.end - looks.begin), plan.ranges), 16);
     task.key_begin = looks.begin + range * each;
     task.key_end = min(looks.end, task.key_begin + each);
-    const int64_t own = plan.ranges == 1 ? plan.sums : 0, tile = plan.few ? 0 : tile_floats(plan.rows, a.D);
-    float* memory = (float*)iol_scratch(IOL_SCRATCH_TASK, sizeof(float) * (size_t)(own + tile));
+    const int64_t own = plan.ranges == 1 ? plan.sums : 0;
+    float* memory = (float*)iol_scratch(IOL_SCRATCH_TASK, sizeof(float) * (size_t)(own + task_floats(plan)));
     task.sums = own ? plan.sums_at(memory) : plan.sums_of(block, head, range);
-    if (plan.few) {
-        attend_few(task, looks);
-    } else {
-        attend_tile(task, looks, memory + own);
-    }
+    attend(plan.way, task, looks, memory + own);
     if (plan.ranges > 1) return;
     for (int64_t r = 0; r < task.rows; r++) {
         float* out = a.out + (task.query(r) - a.q);
