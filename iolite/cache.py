@@ -13,6 +13,7 @@ Letters: n new tokens, K key-value heads, D head size.
 from __future__ import annotations
 
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -27,7 +28,7 @@ SLACK = 1024  # tokens a ring holds beyond its window, and so how far back a rew
 _FIRST_ROOM = 64  # tokens; doubled as needed where memory is not given page by page
 
 
-class LayerCache:
+class LayerCache(ABC):
     """Rows of keys and values: `limit` at most, each the [K, width] numbers of one token in one or two buffers.
 
     In memory the rows of one head follow one another, so that a thread that attends for it reads one stream. On a CPU
@@ -41,12 +42,12 @@ class LayerCache:
         self.scales: list[Tensor] = []  # [rows, K], of int8
         self.used = 0  # rows that have ever been written
 
+    @abstractmethod
     def extend(self, k: Tensor, v: Tensor, start: int, key_weight: Tensor | None = None) -> Keys:
         """Stores k, v [n, K, D] of positions start..start+n and returns what the new queries may look at.
 
         Queries have to go through `layout.queries` and their output through `layout.output`.
         """
-        raise NotImplementedError
 
     def encode(self, k: Tensor, v: Tensor, key_weight: Tensor | None) -> list[Tensor]:
         """What goes into `stores` for new tokens: their numbers, then in int8 their scales."""

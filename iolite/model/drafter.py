@@ -21,7 +21,7 @@ from iolite.cache import KVCache, RingCache
 from iolite.config import FULL, TextConfig
 from iolite.kernels import ops
 from iolite.kernels.contracts import Keys
-from iolite.model.layers import MLP
+from iolite.model.layers import Block
 from iolite.model.norm import RMSNorm
 from iolite.model.unified import Unified
 
@@ -98,27 +98,11 @@ class QueryAttention(nn.Module):
         return self.o_proj(look(q).flatten(-2))
 
 
-class DrafterLayer(nn.Module):
-    """A decoder block, with its four norms and its scalar, around attention that has queries only."""
-
-    layer_scalar: Tensor
+class DrafterLayer(Block):
+    """A block around attention that has queries only."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = QueryAttention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(size, eps)
-        self.post_attention_layernorm = RMSNorm(size, eps)
-        self.pre_feedforward_layernorm = RMSNorm(size, eps)
-        self.post_feedforward_layernorm = RMSNorm(size, eps)
-        self.register_buffer("layer_scalar", torch.ones(1))
-
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look: Look) -> Tensor:
-        h = self.self_attn(self.input_layernorm(x), angles, look)
-        x = self.post_attention_layernorm.added_to(x, h)
-        h = self.mlp(self.pre_feedforward_layernorm(x))
-        return self.post_feedforward_layernorm.added_to(x, h, self.layer_scalar)
+        super().__init__(config, QueryAttention(config, layer))
 
 
 class DrafterDecoder(nn.Module):

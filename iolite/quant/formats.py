@@ -264,13 +264,22 @@ def _encode(weight: Tensor, format: Format) -> Blocks:
     else:
         quants, scales, found = on_lattice(x, weight.dtype)
         if not found.all():
-            nearest, steps = _nearest(x, best_step(x, torch.where(high > -low, high, low)), -8, 7)
+            nearest, steps = _nearest(x, best_step(x), -8, 7)
             quants = torch.where(found[:, None], quants, nearest.add_(8).to(torch.uint8))
             scales = torch.where(found, scales, steps)
         blocks = _as_blocks(format, weight, quants, scales)
     if not blocks.scales.isfinite().all() or (blocks.mins is not None and not blocks.mins.isfinite().all()):
         raise ValueError("weights too large for a scale in float16")
     return blocks
+
+
+def _peak(x: Tensor) -> Tensor:
+    """The value of largest magnitude in each block x [n, 32]; of two as large, the first, as ggml takes it."""
+    low, high = x.aminmax(dim=-1)
+    peak = torch.where(high > -low, high, low)
+    tied = (high == -low).nonzero().squeeze(-1)
+    peak[tied] = x[tied].gather(-1, x[tied].abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return peak
 
 
 def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
@@ -281,14 +290,14 @@ def _nearest(x: Tensor, step: Tensor, lowest: int, highest: int) -> tuple[Tensor
     return (x * inverse[:, None]).round_().clamp_(lowest, highest), scales
 
 
-def best_step(x: Tensor, peak: Tensor) -> Tensor:
-    """The int4 step [n] for blocks x [n, 32] whose value of largest magnitude is peak [n].
+def best_step(x: Tensor) -> Tensor:
+    """The int4 step [n] for blocks x [n, 32].
 
     Whole numbers k leave the squared error |x - d k|² = |x|² - (x·k)² / |k|² with their best step d = x·k / |k|². They
-    are tried as the peak becomes each of _PEAKS, and the best d is taken.
+    are tried as the value of largest magnitude becomes each of _PEAKS, and the best d is taken.
     """
-    best = torch.zeros_like(peak)
-    step = peak / -8
+    peak = _peak(x)
+    best, step = torch.zeros_like(peak), peak / -8
     for target in _PEAKS:
         k = (x * torch.where(peak == 0, 0, target / peak)[:, None]).round_().clamp_(-8, 7)
         along = (x * k).sum(-1)

@@ -62,8 +62,7 @@ def _round_block(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor
     """q [R, up to 32] in 0..15, the fp16 scales [R], and each column's error over its diagonal entry of the factor."""
     width = weight.shape[1]
     x = F.pad(weight.float(), (0, BLOCK - width))
-    low, high = x.aminmax(dim=-1)
-    scales = best_step(x, torch.where(high > -low, high, low)).half()
+    scales = best_step(x).half()
     step = scales.to(weight.dtype)
     inverse = torch.where(step == 0, 0, 1 / step)
     now, k, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -155,6 +155,7 @@ def test_error_is_within_the_step(
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @given(shape=shapes, seed=st.integers(0, 99), exponent=st.integers(-6, 4))
+@example(shape=(41, 144), seed=36, exponent=0)  # in bfloat16 two weights of opposite sign are the largest of a block
 def test_int4_takes_the_nearest_step_of_a_scale_no_worse_than_that_of_ggml(
     dtype: torch.dtype, shape: tuple[int, int], seed: int, exponent: int
 ) -> None:
