@@ -57,11 +57,12 @@ class Samples:
 
     seconds: list[float]
     shares: list[float]  # of the bandwidth
+    limits: list[float]  # that bandwidth, GB/s
 
 
 def in_turns(work: Mapping[str, Callable[[], object]], sizes: Mapping[str, int], repeat: int) -> dict[str, Samples]:
     """Every kind's work once in each turn, after one that does not count. sizes: bytes that it reads."""
-    found = {kind: Samples([], []) for kind in work}
+    found = {kind: Samples([], [], []) for kind in work}
     probe = Probe()
     for once in work.values():
         once()
@@ -76,13 +77,15 @@ def in_turns(work: Mapping[str, Callable[[], object]], sizes: Mapping[str, int],
                 times.append(time.perf_counter() - begin)
             took = sum(times) / len(times)
             found[kind].seconds.append(took)
-            found[kind].shares.append(share_of(sizes[kind] / took / 1e9, (before, probe.bandwidth())))
+            around = (before, probe.bandwidth())
+            found[kind].shares.append(share_of(sizes[kind] / took / 1e9, around))
+            found[kind].limits += around
     return found
 
 
 def row(depth: int, kind: str, size: int, samples: Samples) -> str:
     took, share = Spread.of(samples.seconds).times(1e3), Spread.of(samples.shares).times(100)
-    return f"| {depth:,} | {kind} | {took} | {digits(size / 1e6)} | {share} |"
+    return f"| {depth:,} | {kind} | {took} | {digits(size / 1e6)} | {share} | {Spread.of(samples.limits)} |"
 
 
 def steps(model: Model, depth: int, repeat: int) -> Iterator[str]:
@@ -216,7 +219,7 @@ def main() -> None:
         return
     model = iolite.load(arguments.model)
     print(json.dumps(hardware()), file=sys.stderr)
-    head = "| depth | kept | ms a token | cache MB | % of the bandwidth |\n|---|---|---|---|---|"
+    head = "| depth | kept | ms a token | cache MB | % of the bandwidth | that, GB/s |\n|---|---|---|---|---|---|"
     tables = {"step": steps} if arguments.without_transformers else {"step": steps, "attention": attention}
     for name, rows in tables.items():
         print(f"\n{name}\n\n{head}")
