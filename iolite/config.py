@@ -18,7 +18,9 @@ from typing import Any
 from iolite.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+DRAFTER_TYPE = "gemma4_unified_assistant"  # the model_type of a drafter, which is no model
 OFFICIAL_IMAGE_BUDGETS = (70, 140, 280, 560, 1120)
+DRAFTER_HINT = "that is a drafter: name the model that it drafts for, and give this one as --drafter"
 
 # What Gemma 4 Unified fixes. A checkpoint that says otherwise is another architecture, which we would run wrongly.
 _FIXED_TEXT = {
@@ -154,9 +156,10 @@ class ModelConfig:
         Raises ConfigError for another architecture, a missing or impossible number, or an unknown mathematical choice.
         """
         if data.get("model_type") != "gemma4_unified":
+            is_drafter = data.get("model_type") == DRAFTER_TYPE
             raise ConfigError(
                 f"config.json: model_type is {data.get('model_type')!r}, not 'gemma4_unified'",
-                "iolite runs the Gemma 4 Unified family only",
+                DRAFTER_HINT if is_drafter else "iolite runs the Gemma 4 Unified family only",
             )
         text_data = data.get("text_config")
         if not isinstance(text_data, Mapping):

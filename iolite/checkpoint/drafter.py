@@ -15,6 +15,7 @@ from iolite.checkpoint.folder import WEIGHTS
 from iolite.checkpoint.gguf_drafter import MODEL_TYPE, DrafterSource, open_drafter, open_gguf_drafter
 from iolite.checkpoint.gguf_source import is_gguf
 from iolite.checkpoint.safetensors import replacing, streaming
+from iolite.checkpoint.source import Progress
 from iolite.config import FULL, SLIDING, ModelConfig, TextConfig
 from iolite.errors import CheckpointError, UsageError
 from iolite.model.drafter import Drafter
@@ -82,16 +83,17 @@ def assemble_drafter(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> Drafter:
     """The network with its weights: float ones in dtype, matrices packed where they are so in the source.
 
-    scheme ("int4", "int8") packs the others; what is packed keeps its format. Raises CheckpointError for weights that
-    cannot be packed.
+    scheme ("int4", "int8") packs the others; what is packed keeps its format. progress(done, in all, what) is called
+    for every tensor. Raises CheckpointError for weights that cannot be packed.
     """
     with torch.device("meta"):
         network = Drafter(source.text, source.backbone_hidden_size)
     state: dict[str, Tensor] = {}
-    for name, weight in read_weights(source, scheme):
+    for name, weight in read_weights(source, scheme, progress):
         if isinstance(weight, PackedMatrix):
             install(network, name, PackedMatrix(weight.data.to(device), weight.rows, weight.cols))
             state[name] = network.get_buffer(name)
@@ -108,10 +110,15 @@ def load_drafter(
     return assemble_drafter(find_drafter(path), scheme, dtype=dtype, device=device)
 
 
-def read_weights(source: DrafterSource, scheme: str | None) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
+def read_weights(
+    source: DrafterSource, scheme: str | None, progress: Progress | None = None
+) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
     """All tensors by the names in the safetensors file, matrices first; packed by the scheme if one is given."""
     chosen = scheme_named(scheme) if scheme else None
-    for name, shape in sorted(source.shapes.items(), key=lambda item: -len(item[1])):
+    order = sorted(source.shapes.items(), key=lambda item: -len(item[1]))
+    for done, (name, shape) in enumerate(order):
+        if progress:
+            progress(done, len(order), f"drafter: {name}")
         weight: Tensor | PackedMatrix | None = source.packed(name) if len(shape) == 2 else None
         if weight is None:
             weight = source.weight(name)
@@ -122,7 +129,11 @@ def read_weights(source: DrafterSource, scheme: str | None) -> Iterator[tuple[st
 
 
 def write_folder(
-    folder: Path, source: DrafterSource, scheme: str | None = None, tokenizer: Tokenizer | None = None
+    folder: Path,
+    source: DrafterSource,
+    scheme: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """A drafter in the published layout, or packed by a scheme in iolite's own; config.json comes last.
 
@@ -136,7 +147,7 @@ def write_folder(
     metadata = {"format": "pt"}  # Transformers refuses a file without it
     if scheme:
         metadata["iolite"] = f"{scheme} {packed_folder.VERSION}"
-        weights = read_weights(source, scheme)
+        weights = read_weights(source, scheme, progress)
     else:
         weights = ((name, source.weight(name)) for name in source.shapes)
     floats = torch.float32

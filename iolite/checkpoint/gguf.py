@@ -170,6 +170,21 @@ class GgufFile:
             raise CheckpointError(f"{self.path.name}: the parts hold {len(self.tensors)} tensors, not {total}")
 
 
+def architecture(path: Path) -> str:
+    """What a file's `general.architecture` says, "" where it says nothing. It is the first key of most files, and no
+    more is read than up to it. Raises CheckpointError for what is no GGUF file, and for one damaged before the key."""
+    data = _open(path)
+    cursor = _Cursor(data, len(data), path.name)
+    _check_version(cursor)
+    _, num_keys = cursor.take(_COUNTS)
+    for _ in range(min(num_keys, MAX_KEYS)):
+        key = cursor.string("a key", MAX_KEY_BYTES)
+        value = cursor.value(key)
+        if key == "general.architecture":
+            return value if isinstance(value, str) else ""
+    return ""
+
+
 def _is(metadata: Mapping[str, Any], key: str, number: int) -> bool:
     """Whether the value is this number; it may be anything else too, and arrays do not compare like numbers."""
     return type(metadata.get(key)) is int and metadata[key] == number

@@ -8,9 +8,9 @@ may be packed: in a folder as `iolite/checkpoint/packed_folder.py` has it, in a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,20 +21,28 @@ from iolite.checkpoint.gguf_export import KINDS, Planned, Progress, fitting_kind
 from iolite.checkpoint.gguf_names import ROPE, drafter_from_gguf, drafter_to_gguf
 from iolite.checkpoint.gguf_source import open_gguf, rope_angles
 from iolite.checkpoint.safetensors import SafetensorsFile
+from iolite.config import DRAFTER_TYPE as MODEL_TYPE
 from iolite.config import ModelConfig, TextConfig, read_json
 from iolite.errors import CheckpointError, ConfigError
-from iolite.quant.formats import PackedMatrix, format_of_tile, packed_shape
+from iolite.quant.formats import INT8, Format, PackedMatrix, format_of_tile, packed_shape
 from iolite.text.tokenizer import Tokenizer
 
-MODEL_TYPE = "gemma4_unified_assistant"
+
+class Kept(NamedTuple):
+    """How a tensor is stored: the format's name, the bytes, and for a packed matrix iolite's format of it."""
+
+    kind: str
+    nbytes: int
+    format: Format | None
 
 
 @dataclass(frozen=True)
 class DrafterSource:
     """A drafter that was found and whose headers were checked; no weight has been read.
 
-    shapes, `weight` (floats, whatever the file has) and `packed` (a packed matrix as it lies, None for floats) are by
-    the names in its safetensors file.
+    shapes, `stored`, `weight` (floats, whatever the file has) and `packed` (a packed matrix as it lies, None for
+    floats) are by the names in its safetensors file. files are what the weights are read from; `populate` brings those
+    that are mapped into memory. What never was in a file has none of them.
     """
 
     name: str
@@ -44,10 +52,30 @@ class DrafterSource:
     shapes: Mapping[str, tuple[int, ...]]
     weight: Callable[[str], Tensor]
     packed: Callable[[str], PackedMatrix | None] = lambda _: None
+    stored: Mapping[str, Kept] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    populate: Callable[[], None] = lambda: None
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.read_tokenizer()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the tensors by the format that they are stored in."""
+        sizes: dict[str, int] = {}
+        for item in self.stored.values():
+            sizes[item.kind] = sizes.get(item.kind, 0) + item.nbytes
+        return sizes
+
+    @property
+    def scheme(self) -> str | None:
+        """int4 or int8, after what most bytes of its matrices are packed in; None when none is packed."""
+        sizes = {"int4": 0, "int8": 0}
+        for item in self.stored.values():
+            if item.format:
+                sizes["int8" if item.format is INT8 else "int4"] += item.nbytes
+        return max(sizes, key=lambda scheme: sizes[scheme]) if any(sizes.values()) else None
 
 
 def read_drafter_config(folder: Path) -> tuple[TextConfig, int]:
@@ -122,7 +150,23 @@ def open_drafter(folder: Path, tokenizer: Tokenizer | None = None) -> DrafterSou
             return Tokenizer.from_folder(folder)
         return tokenizer
 
-    return DrafterSource(folder.name, text, backbone, read_tokenizer, shapes, weight, packed)
+    def stored(name: str) -> Kept:
+        kind = file.dtype(name)
+        format = format_of_tile(file.shape(name)[2]) if kind == "U8" else None
+        return Kept(format.name if format else kind, file.nbytes(name), format)
+
+    return DrafterSource(
+        folder.name,
+        text,
+        backbone,
+        read_tokenizer,
+        shapes,
+        weight,
+        packed,
+        {name: stored(name) for name in shapes},
+        (file.path,),
+        file.populate,
+    )
 
 
 def _check_quantization(folder: Path, found: Mapping[str, Any]) -> None:
@@ -185,7 +229,9 @@ def open_gguf_drafter(path: Path) -> DrafterSource:
     def read_tokenizer() -> Tokenizer:
         return gguf_metadata.read_tokenizer(file.metadata, path.name)
 
-    return DrafterSource(path.stem, text, backbone, read_tokenizer, shapes, weight, packed)
+    found = {name: tensors[name] for name in shapes}
+    stored = {name: Kept(tensor.type, tensor.nbytes, PACKED.get(tensor.type)) for name, tensor in found.items()}
+    return DrafterSource(path.stem, text, backbone, read_tokenizer, shapes, weight, packed, stored, (path,))
 
 
 def write_drafter(path: Path, drafter: DrafterSource, to: str, progress: Progress | None = None) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from iolite.checkpoint import gguf_metadata, names
 from iolite.checkpoint.gguf import GgufFile, GgufTensor, part_name
 from iolite.checkpoint.gguf_names import ROPE, from_gguf, from_gguf_layout, gguf_shape
-from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
+from iolite.config import DRAFTER_HINT, GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.errors import CheckpointError, ConfigError
 from iolite.text.template import COMPLETION_TEMPLATE, ChatTemplate
 from iolite.text.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def gguf_files(folder: Path) -> list[Path]:
 
 def model_files(folder: Path) -> list[Path]:
     """Those of `gguf_files` that hold a model, by their names: neither embedders nor drafters."""
-    return [path for path in gguf_files(folder) if not (_is_embedders(path) or _is_drafter(path))]
+    return [path for path in gguf_files(folder) if not (_is_embedders(path) or is_named_drafter(path))]
 
 
 def choose_file(folder: Path, quant: str | None, name: str) -> Path:
@@ -60,7 +60,7 @@ def choose_file(folder: Path, quant: str | None, name: str) -> Path:
     Raises CheckpointError, with the choices, when there is none or more than one. `name` is what the user called it.
     """
     files = model_files(folder)
-    chosen = [path for path in files if quant is None or _names_quant(path, quant)]
+    chosen = [path for path in files if quant is None or names_quant(path, quant)]
     if quant and len(chosen) > 1:  # "UD-Q4_K_XL" is another file than "Q4_K_XL"
         plain = [path for path in chosen if not re.search(rf"ud-{re.escape(quant)}", path.stem, re.IGNORECASE)]
         chosen = plain or chosen
@@ -84,7 +84,7 @@ def embedders_beside(model: Path) -> Path | None:
     if own or len(found) <= 1:
         return next(iter(own or found), None)
     for precision in _MMPROJ_ORDER:
-        same = [path for path in found if _names_quant(path, precision)]
+        same = [path for path in found if names_quant(path, precision)]
         if len(same) == 1:
             return same[0]
     listed = ", ".join(path.name for path in found)
@@ -97,11 +97,13 @@ def _is_embedders(path: Path) -> bool:
     return "mmproj" in path.name.lower()
 
 
-def _is_drafter(path: Path) -> bool:
+def is_named_drafter(path: Path) -> bool:
+    """Whether a file is a drafter, by its name."""
     return re.search(r"(^|[-_.])(mtp|draft|drafter|assistant)([-_.]|$)", path.stem.lower()) is not None
 
 
-def _names_quant(path: Path, quant: str) -> bool:
+def names_quant(path: Path, quant: str) -> bool:
+    """Whether a file's name ends with a format such as Q4_0, in any letter case."""
     stem = _PART.sub("", path.stem)
     begin = r"(^|[-.]|_(?=i?q\d|b?f\d))"  # model_q4_0 has q4_0 and not 0
     return re.search(rf"{begin}{re.escape(quant)}$", stem, re.IGNORECASE) is not None
@@ -359,11 +361,13 @@ def open_gguf(path: Path, architecture: str) -> GgufFile:
     found = file.metadata.get("general.architecture")
     if isinstance(found, str) and found == architecture:  # an array would compare element by element
         return file
+    is_drafter = str(found) == gguf_metadata.DRAFTER
     what = {
         gguf_metadata.EMBEDDERS: "holds embedders; name the model's file, and it is found beside it",
         gguf_metadata.DRAFTER: "holds a drafter, not a model",
     }.get(str(found), f"holds the architecture {found!r}, not {architecture!r}")
-    raise ConfigError(f"{path.name} {what}", "iolite runs the Gemma 4 Unified family only")
+    hint = DRAFTER_HINT if is_drafter else "iolite runs the Gemma 4 Unified family only"
+    raise ConfigError(f"{path.name} {what}", hint)
 
 
 @contextmanager
