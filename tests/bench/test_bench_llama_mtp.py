@@ -64,6 +64,7 @@ def test_without_a_build(peer: ModuleType, tmp_path: Path, monkeypatch: pytest.M
 
 # The server itself
 
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A tiny model and its drafter, for a server that is there."""
