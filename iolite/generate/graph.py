@@ -27,7 +27,7 @@ from iolite.model.attention import Attend
 from iolite.model.batch import Media
 from iolite.model.unified import Unified
 
-Work = Callable[[], Tensor]
+Work = Callable[[], tuple[Tensor, Tensor]]
 
 
 def wanted(device: torch.device) -> bool:
@@ -61,9 +61,8 @@ class StaticBatch:
         pass
 
 
-def reserve(cache: KVCache, tokens: int) -> bool:
-    """Makes room for that many tokens in a cache that has read some already; whether any buffer was replaced."""
-    replaced = False
+def reserve(cache: KVCache, tokens: int) -> None:
+    """Makes room for that many tokens in a cache that has read some already."""
     for layer in cache.layers:
         old = layer.buffers[0]
         wanted = tokens if isinstance(layer, GrowingCache) else layer.limit
@@ -71,8 +70,6 @@ def reserve(cache: KVCache, tokens: int) -> bool:
         layer.used = max(layer.used, min(tokens, layer.limit))
         if isinstance(layer, RingCache):
             layer.oldest = max(layer.oldest, tokens - layer.limit)
-        replaced |= layer.buffers[0] is not old
-    return replaced
 
 
 class StaticStep:
@@ -93,46 +90,52 @@ class StaticStep:
         if backend is not None:
             self._compute = torch.compile(self._pass, backend=backend, fullgraph=True, dynamic=False)
         self._replay: Callable[[], None] | None = None
-        self._logits: Tensor | None = None
+        self._found: tuple[Tensor, Tensor] | None = None
+        self._buffers: list[Tensor] = []
 
     @torch.inference_mode()
-    def __call__(self, ids: Sequence[int]) -> Tensor:
-        """Float32 scores [n, V] of what follows each of ids (n of them). The next call overwrites them."""
+    def __call__(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, M] of ids (n of them) and float32 scores [n, V] of what follows each. The next call
+        overwrites them."""
         assert len(ids) == self.n
-        if reserve(self.cache, self.cache.length + self.n):
-            self._replay = self._logits = None
+        reserve(self.cache, self.cache.length + self.n)
+        buffers = [layer.buffers[0] for layer in self.cache.layers]
+        if any(new is not old for new, old in zip(buffers, self._buffers, strict=False)):
+            self._replay = self._found = None  # whoever made the cache grow
+        self._buffers = buffers
         # The embedding stays outside of what is recorded: it copies its scale from the host.
         embedded = self.network.embed(torch.tensor(ids, device=self.device), Media())
         if self.hidden is None:
             self.hidden = torch.empty_like(embedded)
         self.hidden.copy_(embedded)
         self.length.fill_(self.cache.length)
-        logits = self._run(self.hidden)
+        found = self._run(self.hidden)
         self.cache.length += self.n
-        return logits
+        return found
 
-    def _run(self, hidden: Tensor) -> Tensor:
-        def work() -> Tensor:
+    def _run(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def work() -> tuple[Tensor, Tensor]:
             return self._compute(hidden, self.length)
 
         if self._replay is None and self.note is None and wanted(self.device):
             try:
-                self._replay, self._logits = capture(work, self.device)
+                self._replay, self._found = capture(work, self.device)
             except RuntimeError as error:
                 self.note = f"the decode step could not be recorded as a CUDA graph: {str(error).splitlines()[0]}"
                 warnings.warn(f"{self.note}; it runs without one", RuntimeWarning, stacklevel=3)
-        if self._replay is None or self._logits is None:
+        if self._replay is None or self._found is None:
             return work()
         self._replay()
-        return self._logits
+        return self._found
 
-    def _pass(self, hidden: Tensor, length: Tensor) -> Tensor:
+    def _pass(self, embedded: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         batch = StaticBatch(self.network.config.text, self.cache, length, self.n)
-        return self.network.logits(self.network.language_model(hidden, batch))
+        hidden = self.network.language_model(embedded, batch)
+        return hidden, self.network.logits(hidden)
 
 
-def capture(work: Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Records the CUDA kernels that work starts: a function that starts them again, and the tensor they write to.
+def capture(work: Work, device: torch.device) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+    """Records the CUDA kernels that work starts: a function that starts them again, and the tensors they write to.
 
     Work runs once before it is recorded, which is when kernels are compiled and tried out and libraries take their
     memory. Raises RuntimeError when it does something that cannot be recorded, such as waiting for the device.

@@ -1,8 +1,8 @@
-"""One sequence from prompt to end: prefill in chunks, then one token at a time.
+"""One sequence from prompt to end: prefill in chunks, then a token a pass, or as many as a `Speculator` gets right.
 
-The slow obvious path: one cache, one forward pass a token. What one call has read, a later one need not read again, if
-both are given the same `PrefixCache`. `iolite/engine` is checked against it. Knows ids only; text, thoughts and tool
-calls are made of them in `iolite/generate/model.py`.
+The slow obvious path: one cache, one sequence. What one call has read, a later one need not read again, if both are
+given the same `PrefixCache`. `iolite/engine` is checked against it. Knows ids only; text, thoughts and tool calls are
+made of them in `iolite/generate/model.py`.
 
 Letters: M hidden size, V vocabulary.
 """
@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from iolite.cache import KVCache
-from iolite.errors import CheckpointError, ContextError, UsageError
-from iolite.generate import graph
+from iolite.errors import ContextError, UsageError
+from iolite.generate.continuation import Continuation
+from iolite.generate.costs import MOST_DRAFTS
+from iolite.generate.passes import Passes, check_numbers
+from iolite.generate.reply import Drafting
 from iolite.generate.sampling import Sampler, SamplingParams
+from iolite.generate.speculative import Speculator
 from iolite.model.batch import Media, RaggedBatch, Segment
 from iolite.model.prefill import DEFAULT_CHUNK, prefill
 from iolite.model.unified import Unified
@@ -91,11 +95,15 @@ class Decoding:
         kv_dtype: torch.dtype | None = None,
         progress: Progress | None = None,
         prefixes: PrefixCache | None = None,
+        speculator: Speculator | None = None,
+        drafts: int | None = None,
     ) -> None:
         """prefixes: where to look for what was read before, and to leave what is read now; its caches are used as they
-        are. Without it the whole prompt is read, into a cache of kv_dtype that nobody sees again."""
+        are. Without it the whole prompt is read, into a cache of kv_dtype that nobody sees again. speculator: draws
+        several tokens in a pass where that pays, the same ones; drafts: how many it proposes, None: as many as pay."""
         check_fits(prompt, context)
         self.network, self.prompt, self.params, self.progress = network, prompt, params, progress
+        self.speculator, self.drafts = (None if drafts == 0 else speculator), drafts
         self.chunk = chunk
         self.limit = min(params.max_tokens, context - len(prompt.ids))
         if prefixes is None:
@@ -105,48 +113,45 @@ class Decoding:
         self.decode_seconds = 0.0
         self.count = 0
         self.cached_tokens = 0  # of the prompt, that were read before
-        self._step: graph.StaticStep | None = None
+        self.drafting: Drafting | None = None  # how that went
 
     def __iter__(self) -> Iterator[Drawn]:
         sampler, ids = Sampler(self.params), list(self.prompt.ids)
         begin = time.perf_counter()
         with self.prefixes.lend(self.prompt, ids) as lease:
             self.cached_tokens = lease.reused
-            while True:
-                token = self._next(sampler, ids, lease)
+            sequence = Continuation(lease.cache, ids, sampler, self.params.stop_ids, self.limit, self.drafts)
+            if self.speculator:
+                self.drafting = sequence.drafting
+            rounds, took = self._rounds(sequence, lease), 0.0
+            for tokens in rounds:
                 took = time.perf_counter() - begin
                 if self.count == 0:
                     self.prefill_seconds = took
                 else:
                     self.decode_seconds += took
-                ids.append(token)
-                self.count += 1
-                reason = self._finish_reason(token)
-                yield Drawn(token, reason)
-                if reason:
-                    return
+                for token in tokens:
+                    self.count += 1
+                    reason = self._finish_reason(token)
+                    yield Drawn(token, reason)
+                    if reason:
+                        return
                 begin = time.perf_counter()
 
     @torch.inference_mode()
-    def _next(self, sampler: Sampler, ids: list[int], lease: Lease) -> int:
-        logits = self._logits(ids[-1], lease)
-        if logits.isnan().any():
-            raise CheckpointError(
-                "the model computed values that are not numbers (NaN)",
-                "its weights are damaged, or the number format is too narrow for it: try float32 or bfloat16",
-            )
-        return sampler(ids, logits)
-
-    def _logits(self, token: int, lease: Lease) -> Tensor:
-        """Scores [V] of what follows the prompt, then of what follows each drawn token."""
-        if self.count == 0:
-            return self.network.logits(self._read(lease))[0]
-        lease.before_pass(1)
-        if graph.wanted(self.network.language_model.embed_tokens.weight.device):
-            if self._step is None:
-                self._step = graph.StaticStep(self.network, lease.cache)
-            return self._step([token])[0]
-        return self.network.logits(advance(self.network, token, lease.cache))[0]
+    def _rounds(self, sequence: Continuation, lease: Lease) -> Iterator[list[int]]:
+        """What every pass draws: one token after the prefill, then one or more."""
+        run = Passes(self.network)
+        hidden = self._read(lease)
+        logits = self.network.logits(hidden)
+        check_numbers(logits)
+        yield sequence.take((), hidden, logits)
+        while True:
+            lease.before_pass(1 + MOST_DRAFTS)
+            if self.speculator:
+                yield self.speculator.round(run, [sequence])[0]
+            else:
+                yield sequence.take((), *run([lease.cache], [sequence.ids[-1:]]))
 
     def _read(self, lease: Lease) -> Tensor:
         """Reads what is new of the prompt; hidden state [1, M] of its last token."""

@@ -40,6 +40,45 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+@dataclass
+class Drafting:
+    """How drafting went. An answer's first token is the prefill's and counts nowhere here."""
+
+    passes: int = 0  # of the model
+    drafted: int = 0  # tokens that were proposed to it
+    accepted: int = 0
+    tokens: int = 0  # drawn
+    seconds: float = 0.0  # of drafts and passes
+    plain_seconds: float = 0.0  # what as many tokens take one by one, by the measured cost of a pass
+
+    def add(self, drafted: int, accepted: int, tokens: int, seconds: float, plain_seconds: float) -> None:
+        """One pass: how long it took with its drafts, and how long a plain one takes."""
+        self.passes += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.tokens += tokens
+        self.seconds += seconds
+        self.plain_seconds += tokens * plain_seconds
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens drawn in a pass, the model's own included; 0.0 before the first."""
+        return self.tokens / max(1, self.passes)
+
+    @property
+    def drafts_per_pass(self) -> float:
+        return self.drafted / max(1, self.passes)
+
+    @property
+    def speedup(self) -> float:
+        """Against plain decoding, as estimated from the measured costs; 1.0 before the first pass."""
+        return self.plain_seconds / self.seconds if self.seconds else 1.0
+
+    def to_dict(self) -> dict[str, float]:
+        names = ("mean_accepted_length", "drafts_per_pass", "speedup")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
 @dataclass(frozen=True)
 class Timings:
     """Seconds on the wall clock. The prefill's hold the first token, whose logits they end with."""
@@ -50,6 +89,7 @@ class Timings:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt: found in memory or on the disk
+    drafting: Drafting | None = None  # None: the model has nothing to draft with
 
     @property
     def prefilled_tokens(self) -> int:
@@ -71,9 +111,10 @@ class Timings:
         later = self.completion_tokens - 1
         return later / max(self.decode_seconds, 1e-9) if later > 0 else 0.0
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         names = ("prefilled_tokens", "time_to_first_token", "prompt_tokens_per_second", "tokens_per_second")
-        return asdict(self) | {name: getattr(self, name) for name in names}
+        found = asdict(self) | {name: getattr(self, name) for name in names}
+        return found | {"drafting": self.drafting and self.drafting.to_dict()}
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,13 @@ class ReplyStream:
             finish_reason=reason,
             usage=Usage(prompt_tokens, run.count, self._reasoning_tokens, cached),
             timings=Timings(
-                self._prepare_seconds, run.prefill_seconds, run.decode_seconds, prompt_tokens, run.count, cached
+                self._prepare_seconds,
+                run.prefill_seconds,
+                run.decode_seconds,
+                prompt_tokens,
+                run.count,
+                cached,
+                run.drafting,
             ),
             tool_calls=self._calls,
             notice=explain(text, reason, self._calls, reasoning, run.count),

@@ -150,18 +150,40 @@ class Drafter(nn.Module):
         return self.model.embed_tokens(x).float(), self.post_projection(x)
 
 
-@torch.inference_mode()
-def drafts(
-    drafter: Drafter, model: Unified, tokens: Tensor, hidden: Tensor, caches: Sequence[KVCache], count: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Guesses `count` tokens for N sequences: yields the likeliest next ones [N] and their probabilities [N], step by
-    step; whoever has enough stops asking.
+class Chains:
+    """Guesses for N sequences, step by step; whoever has enough leaves.
 
     tokens [N] are the newest ones, which the caches do not hold yet; hidden [N, M] is what they were drawn from: the
     model's hidden states, after its final norm, of the caches' last tokens.
     """
-    view = CachedView(model, caches)
+
+    def __init__(
+        self, drafter: Drafter, model: Unified, tokens: Tensor, hidden: Tensor, caches: Sequence[KVCache]
+    ) -> None:
+        self._drafter, self._model = drafter, model
+        self._tokens, self._hidden = tokens, hidden
+        self._view = CachedView(model, caches)
+
+    @torch.inference_mode()
+    def step(self) -> tuple[Tensor, Tensor]:
+        """The likeliest next tokens [N] and their probabilities [N] in the drafter's eyes."""
+        embedded = self._model.language_model.embed(self._tokens)
+        scores, self._hidden = self._drafter(embedded, self._hidden, self._view)
+        best, self._tokens = scores.max(-1)
+        return self._tokens, (best - scores.logsumexp(-1)).exp()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows only, numbered from then on as they are listed."""
+        if len(rows) < len(self._view.caches):
+            index = torch.tensor(rows, device=self._tokens.device)
+            self._tokens, self._hidden = self._tokens[index], self._hidden[index]
+            self._view = CachedView(self._model, [self._view.caches[row] for row in rows])
+
+
+def drafts(
+    drafter: Drafter, model: Unified, tokens: Tensor, hidden: Tensor, caches: Sequence[KVCache], count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` steps of `Chains`."""
+    chains = Chains(drafter, model, tokens, hidden, caches)
     for _ in range(count):
-        scores, hidden = drafter(model.language_model.embed(tokens), hidden, view)
-        best, tokens = scores.max(-1)
-        yield tokens, (best - scores.logsumexp(-1)).exp()
+        yield chains.step()

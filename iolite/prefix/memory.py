@@ -196,6 +196,8 @@ class PrefixCache:
         with self._lock:
             if lease not in self._out:
                 return
+            if lease.cache.length > len(ids):
+                lease.cache.rewind(len(ids))  # drafts that nobody has judged
             kept, length = lease.kept, lease.cache.length
             self._out.discard(lease)
             self._count(lease)

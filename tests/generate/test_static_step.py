@@ -79,7 +79,7 @@ def test_passes_of_fixed_shape_have_the_loops_logits(load_tiny, name, n):
     network, prompt, ids = load_tiny(name), ids_of(60), ids_of(2 * SLACK, seed=1)
     cache = read(network, prompt)
     step = StaticStep(network, cache, n)
-    found = [step(ids[at : at + n]).clone() for at in range(0, len(ids), n)]
+    found = [step(ids[at : at + n])[1].clone() for at in range(0, len(ids), n)]
     assert cache.length == len(prompt) + len(ids)
     # Sums of float32 in another order, as between any two passes: 1e-4 as against Transformers.
     torch.testing.assert_close(torch.cat(found), loop_logits(network, prompt, ids), rtol=0, atol=1e-4)
@@ -92,7 +92,7 @@ def test_tokens_may_be_taken_back(load_tiny):
     step = StaticStep(network, cache, 8)
     found = []
     for token in ids:
-        found.append(step([token, *ids_of(7, seed=token)])[:1].clone())
+        found.append(step([token, *ids_of(7, seed=token)])[1][:1].clone())
         cache.rewind(cache.length - 7)
     torch.testing.assert_close(torch.cat(found), loop_logits(network, prompt, ids), rtol=0, atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_the_caches_own_format_is_kept(load_tiny, dtype, allowed):
     network, prompt = load_tiny("published"), ids_of(30)
     cache = read(network, prompt, dtype)
     again = read(network, prompt, dtype)
-    found = StaticStep(network, cache)([40])
+    found = StaticStep(network, cache)([40])[1]
     assert all(store.dtype is dtype for layer in cache.layers for store in layer.buffers)
     with torch.inference_mode():
         expected = network.logits(advance(network, 40, again))
@@ -139,7 +139,7 @@ def test_decoding_with_fixed_shapes_draws_the_same_tokens(nano, monkeypatch):
 
 
 def test_decoding_goes_on_without_a_graph_and_says_why(nano, monkeypatch):
-    def refuse(work: graph.Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    def refuse(work: graph.Work, device: torch.device) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
     with ops.only_reference():
@@ -150,14 +150,14 @@ def test_decoding_goes_on_without_a_graph_and_says_why(nano, monkeypatch):
             assert answer(nano) == expected
 
 
-def record(work: graph.Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
+def record(work: graph.Work, device: torch.device) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
     """What a CUDA graph does, on the CPU: the operators that work runs, on the very tensors it ran them on.
 
     A number that the host computed is recorded as it was, and so would be wrong when played back later.
     """
     recorded = make_fx(work)()
-    out = recorded().clone()
-    return lambda: out.copy_(recorded()), out
+    out = tuple(tensor.clone() for tensor in recorded())
+    return lambda: [kept.copy_(new) for kept, new in zip(out, recorded(), strict=True)], out
 
 
 @torch.inference_mode()
@@ -166,7 +166,7 @@ def test_a_recorded_pass_is_right_for_every_later_length(load_tiny, monkeypatch)
     network, prompt, ids = load_tiny("full-first"), ids_of(60), ids_of(20, seed=1)
     recordings = []
 
-    def count(work: graph.Work, device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    def count(work: graph.Work, device: torch.device) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
         recordings.append(work)
         return record(work, device)
 
@@ -174,7 +174,7 @@ def test_a_recorded_pass_is_right_for_every_later_length(load_tiny, monkeypatch)
     monkeypatch.setattr(graph, "capture", count)
     with ops.only_reference():
         step = StaticStep(network, read(network, prompt))
-        found = torch.cat([step([token]).clone() for token in ids])
+        found = torch.cat([step([token])[1].clone() for token in ids])
         expected = loop_logits(network, prompt, ids)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     # Once at the start and once when 65 tokens have outgrown 64 rows: not once for each token.
@@ -186,7 +186,7 @@ def test_compiled_as_one_graph(load_tiny):
     network, prompt, ids = load_tiny("full-first"), ids_of(20), ids_of(5, seed=1)
     torch.compiler.reset()
     step = StaticStep(network, read(network, prompt), backend="aot_eager")
-    found = torch.cat([step([token]).clone() for token in ids])
+    found = torch.cat([step([token])[1].clone() for token in ids])
     torch.testing.assert_close(found, loop_logits(network, prompt, ids), rtol=0, atol=1e-4)
 
 

@@ -1,0 +1,215 @@
+"""Speculative decoding: cheap guesses at the next tokens, judged by the model several at a time.
+
+Each round proposes drafts for every sequence, out of its own text (`PromptLookup`) or by a drafter network
+(`iolite/model/drafter.py`), judges all of them in one pass of the model, and keeps what the model would have drawn
+itself (`Continuation.take`). How many drafts a round proposes is decided anew each time, token by token: a draft is
+made, and judged, while the tokens to be expected of it are worth more than the time it takes. Where none is, the round
+is a plain step. So a drafter that is not good enough costs next to nothing.
+
+The arithmetic, with times in seconds: r is the rate in tokens a second that rounds are expected to reach, at least that
+of plain steps. A draft that is accepted with probability p, forerunners included, is worth p tokens, and time t spent
+on other rounds would bring r·t tokens; so it pays if p > r·t. t is what it adds to the model's pass and, before it is
+made, the drafter's step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from iolite.generate.acceptance import Acceptance, Known, sureness
+from iolite.generate.continuation import Continuation
+from iolite.generate.costs import MOST_DRAFTS, Costs
+from iolite.generate.passes import Passes
+from iolite.model.drafter import Chains, Drafter
+from iolite.model.unified import Unified
+
+_MARGIN = 1.1  # by how much more than it costs a draft must bring: costs and chances are estimates
+
+
+@dataclass
+class Proposal:
+    """Drafts for one sequence, and what was known of each."""
+
+    tokens: list[int] = field(default_factory=list)
+    known: list[tuple[Known, ...]] = field(default_factory=list)
+    chance: float = 1.0  # that all of them are right
+    value: float = 0.0  # tokens to be expected of them, less what their time is worth
+    unjudged: tuple[Known, float] | None = None  # a draft that was made after them and not proposed, and its chance
+
+    def add(self, token: int, chance: float, *known: Known) -> None:
+        """chance: that this one is right if the others are."""
+        self.tokens.append(token)
+        self.known.append(known)
+        self.chance *= chance
+
+
+class Speculator:
+    """Proposes drafts for sequences of one model, and learns how they fare. One for all answers of a model."""
+
+    def __init__(self, network: Unified, costs: Costs, drafter: Drafter | None = None) -> None:
+        """Without a drafter all drafts are copies."""
+        self.network, self.costs, self.drafter = network, costs, drafter
+        self.acceptance = Acceptance()
+
+    def round(self, run: Passes, sequences: Sequence[Continuation]) -> list[list[int]]:
+        """Draws on in every sequence, none of which may be over, in one pass: one token each, at least."""
+        begin = time.perf_counter()
+        proposals = self.propose(sequences)
+        contexts = [sequence.cache.length for sequence in sequences]
+        plain = self.costs.of_pass([1] * len(sequences), contexts)
+        proposed = time.perf_counter()
+        tokens = [[s.ids[-1], *p.tokens] for s, p in zip(sequences, proposals, strict=True)]
+        counts = [len(own) for own in tokens]
+        hidden, logits = run([sequence.cache for sequence in sequences], tokens)
+        done = time.perf_counter()
+        self.costs.saw(counts, contexts, done - proposed)
+        found = []
+        for sequence, proposal, h, scores in zip(
+            sequences, proposals, hidden.split(counts), logits.split(counts), strict=True
+        ):
+            drawn = sequence.take(proposal.tokens, h, scores)
+            accepted = self._learn(proposal, drawn)
+            sequence.drafting.add(len(proposal.tokens), accepted, len(drawn), done - begin, plain)
+            found.append(drawn)
+        return found
+
+    @torch.inference_mode()
+    def propose(self, sequences: Sequence[Continuation]) -> list[Proposal]:
+        """Drafts for each sequence: as many as it asks for, or as many as pay; none where none do."""
+        turn = _Turn(self, sequences)
+        proposals = [turn.copied(i) for i in range(len(sequences))]
+        if self.drafter is None:
+            return proposals
+        rest = []
+        for i, (sequence, proposal) in enumerate(zip(sequences, proposals, strict=True)):
+            # At its rate, rounds with the drafter are worth this much more than plain steps.
+            if sequence.drafts is not None or not proposal.tokens or proposal.value < turn.rate / turn.plain_rate - 1:
+                if proposal.tokens and sequence.drafts is None:
+                    self.acceptance.passed_over(proposal.known[0][0])
+                proposals[i] = Proposal()
+                turn.counts[i] = 1
+                rest.append(i)
+        turn.draft(rest, proposals)
+        return proposals
+
+    def chains(self, sequences: Sequence[Continuation]) -> Chains:
+        """The drafter's, behind each sequence's newest token."""
+        assert self.drafter is not None
+        device = self.network.language_model.embed_tokens.weight.device
+        tokens = torch.tensor([sequence.ids[-1] for sequence in sequences], device=device)
+        hidden = torch.stack([sequence.hidden for sequence in sequences if sequence.hidden is not None])
+        return Chains(self.drafter, self.network, tokens, hidden, [sequence.cache for sequence in sequences])
+
+    def _learn(self, proposal: Proposal, drawn: Sequence[int]) -> int:
+        """How many drafts were accepted, after taking it into account."""
+        accepted = 0
+        for token, known, real in zip(proposal.tokens, proposal.known, drawn, strict=False):
+            for each in known:
+                self.acceptance.saw(each, float(token == real))
+            if token != real:
+                break
+            accepted += 1
+        if proposal.unjudged and accepted == len(proposal.tokens):
+            self.acceptance.saw(*proposal.unjudged)
+        return accepted
+
+
+class _Turn:
+    """One round's decisions: what the pass costs so far, and what is worth adding to it."""
+
+    def __init__(self, speculator: Speculator, sequences: Sequence[Continuation]) -> None:
+        self.speculator, self.sequences = speculator, sequences
+        self.costs, self.acceptance = speculator.costs, speculator.acceptance
+        self.contexts = [sequence.cache.length for sequence in sequences]
+        self.counts = [1] * len(sequences)  # tokens of the pass
+        self.plain_rate = len(sequences) / self.costs.of_pass(self.counts, self.contexts)
+        self.rate = self._best_rate() if speculator.drafter else self.plain_rate
+
+    def _best_rate(self) -> float:
+        """Tokens a second, of all sequences: plain, or with the number of drafts that is best by experience."""
+        n, best, tokens, chance = len(self.sequences), self.plain_rate, 1.0, 1.0
+        step = self.costs.of_draft(self.contexts)
+        for count in range(1, MOST_DRAFTS + 1):
+            chance *= self.acceptance.rate(("depth", count))
+            tokens += chance
+            rate = n * tokens / (self.costs.of_pass([1 + count] * n, self.contexts) + count * step)
+            if rate <= best:
+                break
+            best = rate
+        return best
+
+    def most(self, i: int) -> int:
+        """Drafts that sequence i has use for: the pass itself draws one more token."""
+        asked = self.sequences[i].drafts
+        return min(MOST_DRAFTS if asked is None else asked, self.sequences[i].left - 1)
+
+    def growth(self, i: int) -> float:
+        """Seconds that one more draft of sequence i adds to the pass."""
+        more = [count + (at == i) for at, count in enumerate(self.counts)]
+        return self.costs.of_pass(more, self.contexts) - self.costs.of_pass(self.counts, self.contexts)
+
+    def pays(self, chance: float, seconds: float) -> bool:
+        return chance > _MARGIN * self.rate * seconds
+
+    def copied(self, i: int) -> Proposal:
+        """Drafts out of the sequence's own text."""
+        sequence, proposal = self.sequences[i], Proposal()
+        tokens, match = sequence.lookup.find(self.most(i))
+        for at, token in enumerate(tokens):
+            known: Known = ("copied", min(at, 4)) if at else ("match", match)
+            chance, seconds = self.acceptance.rate(known), self.growth(i)
+            if sequence.drafts is None and not self.pays(proposal.chance * chance, seconds):
+                self.acceptance.passed_over(known)
+                break
+            proposal.add(token, chance, known)
+            proposal.value += proposal.chance - self.rate * seconds
+            self.counts[i] += 1
+        return proposal
+
+    def draft(self, rest: Sequence[int], proposals: Sequence[Proposal]) -> None:
+        """Drafts for sequences `rest` by the drafter, in step, each for as long as it pays."""
+        active = [i for i in rest if self._goes_on(i, proposals[i], len(rest))]
+        if not active:
+            return
+        chains = self.speculator.chains([self.sequences[i] for i in active])
+        while active:
+            tokens, probabilities = chains.step()
+            rows = [
+                row
+                for row, (i, token, probability) in enumerate(
+                    zip(active, tokens.tolist(), probabilities.tolist(), strict=True)
+                )
+                if self._take(i, proposals[i], token, probability) and self._goes_on(i, proposals[i], len(active))
+            ]
+            active = [active[row] for row in rows]
+            if active:
+                chains.keep(rows)
+
+    def _goes_on(self, i: int, proposal: Proposal, together: int) -> bool:
+        """Whether one more step of the drafter pays for a sequence, which shares it with others."""
+        if len(proposal.tokens) >= self.most(i):
+            return False
+        if self.sequences[i].drafts is not None:
+            return True
+        known = ("depth", len(proposal.tokens) + 1)
+        seconds = self.costs.of_draft(self.contexts[i : i + 1]) / together + self.growth(i)
+        if self.pays(proposal.chance * self.acceptance.rate(known), seconds):
+            return True
+        self.acceptance.passed_over(known)
+        return False
+
+    def _take(self, i: int, proposal: Proposal, token: int, probability: float) -> bool:
+        """Adds a draft to a proposal if it is worth judging."""
+        depth, sure = ("depth", len(proposal.tokens) + 1), sureness(probability)
+        chance = self.acceptance.rate(sure)
+        if self.sequences[i].drafts is None and not self.pays(proposal.chance * chance, self.growth(i)):
+            self.acceptance.passed_over(sure)
+            proposal.unjudged = depth, chance
+            return False
+        proposal.add(token, chance, depth, sure)
+        self.counts[i] += 1
+        return True
