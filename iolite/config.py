@@ -18,7 +18,7 @@ from typing import Any
 from iolite.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-DRAFTER_TYPE = "gemma4_unified_assistant"  # the model_type of a drafter, which is no model
+MODEL_TYPE, DRAFTER_TYPE = "gemma4_unified", "gemma4_unified_assistant"  # model_type of a model and of a drafter
 OFFICIAL_IMAGE_BUDGETS = (70, 140, 280, 560, 1120)
 DRAFTER_HINT = "that is a drafter: name the model that it drafts for, and give this one as --drafter"
 
@@ -155,10 +155,10 @@ class ModelConfig:
 
         Raises ConfigError for another architecture, a missing or impossible number, or an unknown mathematical choice.
         """
-        if data.get("model_type") != "gemma4_unified":
+        if data.get("model_type") != MODEL_TYPE:
             is_drafter = data.get("model_type") == DRAFTER_TYPE
             raise ConfigError(
-                f"config.json: model_type is {data.get('model_type')!r}, not 'gemma4_unified'",
+                f"config.json: model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}",
                 DRAFTER_HINT if is_drafter else "iolite runs the Gemma 4 Unified family only",
             )
         text_data = data.get("text_config")
@@ -228,7 +228,7 @@ class ModelConfig:
         eos = list(self.eos_token_ids)
         return {
             "architectures": ["Gemma4UnifiedForConditionalGeneration"],
-            "model_type": "gemma4_unified",
+            "model_type": MODEL_TYPE,
             "dtype": self.dtype,
             "tie_word_embeddings": self.tie_word_embeddings,
             "eos_token_id": eos if len(eos) > 1 else eos[0],

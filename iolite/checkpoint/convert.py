@@ -13,11 +13,10 @@ from torch import Tensor
 
 from iolite.checkpoint import names, packed_folder
 from iolite.checkpoint.folder import INDEX, WEIGHTS
-from iolite.checkpoint.gguf_drafter import MODEL_TYPE, open_drafter, write_drafter
+from iolite.checkpoint.gguf_drafter import open_drafter, write_drafter
 from iolite.checkpoint.gguf_export import KINDS, Contents, mmproj_name, write_embedders, write_model
 from iolite.checkpoint.safetensors import replacing, streaming
 from iolite.checkpoint.source import Progress, Source
-from iolite.config import read_json
 from iolite.errors import CheckpointError, UsageError
 from iolite.quant.formats import PackedMatrix
 from iolite.text.template import COMPLETION_TEMPLATE
@@ -32,11 +31,6 @@ class Beside:
 
     embedders: bool = True
     drafter: Path | None = None
-
-
-def is_drafter(folder: Path) -> bool:
-    """Whether a folder holds a drafter, by its config.json."""
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == MODEL_TYPE
 
 
 def drafter_to_gguf(folder: Path, path: Path, to: str | None, progress: Progress | None = None) -> list[Path]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from iolite.checkpoint import hub
-from iolite.checkpoint.folder import INDEX, WEIGHTS, check_weights, open_weights, read_config
+from iolite.checkpoint.folder import INDEX, WEIGHTS, check_weights, is_drafter, open_weights, read_config
 from iolite.errors import CheckpointError, DownloadError
 
 _SETTINGS = (".json", ".jinja")
@@ -70,7 +70,7 @@ def pull(name: str, *, check: bool = False, report: Callable[[str], None] = lamb
     for file in files:
         if (folder / file.name).stat().st_size != file.size:
             raise DownloadError(f"{file.name} has not the size that the Hub says", "pull again with --check")
-    check_weights(read_config(folder), open_weights(folder))
+    _check_whole(folder)
     return folder
 
 
@@ -147,7 +147,27 @@ def _fetch_config(name: str, commit: str) -> None:
 
     with _explained(name):
         path = hf_hub_download(name, "config.json", revision=commit, tqdm_class=_no_bar())
-    read_config(Path(path).parent)
+    _check_config(Path(path).parent)
+
+
+def _check_config(folder: Path) -> None:
+    """Raises ConfigError or CheckpointError for a model, or a drafter, that iolite cannot run."""
+    if is_drafter(folder):
+        from iolite.checkpoint.gguf_drafter import read_drafter_config
+
+        read_drafter_config(folder)
+    else:
+        read_config(folder)
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises CheckpointError unless the tensors are just those that config.json asks for."""
+    if is_drafter(folder):
+        from iolite.checkpoint.gguf_drafter import open_drafter
+
+        open_drafter(folder)
+    else:
+        check_weights(read_config(folder), open_weights(folder))
 
 
 def _check_space(blobs: Path, missing: Sequence[Remote]) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from iolite.checkpoint import names
 from iolite.checkpoint.safetensors import DTYPES, SafetensorsFile, replacing, save_safetensors
-from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
+from iolite.config import DRAFTER_TYPE, GenerationConfig, ModelConfig, ProcessorConfig, read_json
 from iolite.errors import CheckpointError
 
 if TYPE_CHECKING:  # a folder is described (`iolite show`, `iolite list`) without importing torch
@@ -153,6 +153,11 @@ def read_config(folder: Path) -> ModelConfig:
             f"{folder} holds quantised weights", f"iolite reads {', '.join(WEIGHT_FORMATS)} checkpoints"
         )
     return config
+
+
+def is_drafter(folder: Path) -> bool:
+    """Whether a folder holds a drafter, by its config.json."""
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == DRAFTER_TYPE
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:

@@ -27,6 +27,8 @@ from iolite.errors import CheckpointError, ConfigError
 from iolite.quant.formats import INT8, Format, PackedMatrix, format_of_tile, packed_shape
 from iolite.text.tokenizer import Tokenizer
 
+_HINT = "iolite drafts with the drafters of the Gemma 4 Unified family only"
+
 
 class Kept(NamedTuple):
     """How a tensor is stored: the format's name, the bytes, and for a packed matrix iolite's format of it."""
@@ -83,7 +85,7 @@ def read_drafter_config(folder: Path) -> tuple[TextConfig, int]:
     data = read_json(folder / "config.json")
     text, width = data.get("text_config"), data.get("backbone_hidden_size")
     if data.get("model_type") != MODEL_TYPE or not isinstance(text, dict):
-        raise ConfigError(f"config.json: model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}")
+        raise ConfigError(f"config.json: model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}", _HINT)
     layers = text.get("num_hidden_layers")
     if text.get("num_kv_shared_layers") != layers or data.get("use_ordered_embeddings"):
         raise ConfigError("config.json: only drafters whose layers all read their model's keys are supported")

@@ -60,7 +60,7 @@ def choose_file(folder: Path, quant: str | None, name: str) -> Path:
     Raises CheckpointError, with the choices, when there is none or more than one. `name` is what the user called it.
     """
     files = model_files(folder)
-    chosen = [path for path in files if quant is None or names_quant(path, quant)]
+    chosen = [path for path in files if quant is None or _names_quant(path, quant)]
     if quant and len(chosen) > 1:  # "UD-Q4_K_XL" is another file than "Q4_K_XL"
         plain = [path for path in chosen if not re.search(rf"ud-{re.escape(quant)}", path.stem, re.IGNORECASE)]
         chosen = plain or chosen
@@ -84,7 +84,7 @@ def embedders_beside(model: Path) -> Path | None:
     if own or len(found) <= 1:
         return next(iter(own or found), None)
     for precision in _MMPROJ_ORDER:
-        same = [path for path in found if names_quant(path, precision)]
+        same = [path for path in found if _names_quant(path, precision)]
         if len(same) == 1:
             return same[0]
     listed = ", ".join(path.name for path in found)
@@ -102,8 +102,7 @@ def is_named_drafter(path: Path) -> bool:
     return re.search(r"(^|[-_.])(mtp|draft|drafter|assistant)([-_.]|$)", path.stem.lower()) is not None
 
 
-def names_quant(path: Path, quant: str) -> bool:
-    """Whether a file's name ends with a format such as Q4_0, in any letter case."""
+def _names_quant(path: Path, quant: str) -> bool:
     stem = _PART.sub("", path.stem)
     begin = r"(^|[-.]|_(?=i?q\d|b?f\d))"  # model_q4_0 has q4_0 and not 0
     return re.search(rf"{begin}{re.escape(quant)}$", stem, re.IGNORECASE) is not None
@@ -361,13 +360,12 @@ def open_gguf(path: Path, architecture: str) -> GgufFile:
     found = file.metadata.get("general.architecture")
     if isinstance(found, str) and found == architecture:  # an array would compare element by element
         return file
-    is_drafter = str(found) == gguf_metadata.DRAFTER
     what = {
         gguf_metadata.EMBEDDERS: "holds embedders; name the model's file, and it is found beside it",
         gguf_metadata.DRAFTER: "holds a drafter, not a model",
     }.get(str(found), f"holds the architecture {found!r}, not {architecture!r}")
-    hint = DRAFTER_HINT if is_drafter else "iolite runs the Gemma 4 Unified family only"
-    raise ConfigError(f"{path.name} {what}", hint)
+    hints = {gguf_metadata.DRAFTER: DRAFTER_HINT}
+    raise ConfigError(f"{path.name} {what}", hints.get(str(found), "iolite runs the Gemma 4 Unified family only"))
 
 
 @contextmanager

@@ -109,6 +109,11 @@ def cached(name: str) -> Path | None:
     return next(filter(is_complete, snapshots), snapshots[0] if snapshots else None)
 
 
+def repository(snapshot: Path) -> str:
+    """The id that a snapshot in the cache is of, as the cache spells it."""
+    return snapshot.parent.parent.name.partition("--")[2].replace("--", "/", 1)
+
+
 def is_complete(folder: Path) -> bool:
     """Whether config.json and every file that the weights need are there."""
     try:

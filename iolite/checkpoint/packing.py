@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -64,17 +64,10 @@ def read_weights(source: Source, scheme: str | None, progress: Progress | None =
 
 
 def _through_cache(source: Source, scheme: str, progress: Progress | None) -> Weights:
-    path = cache_folder() / "packed" / _digest(source, scheme) / "model.safetensors"
+    path = kept_folder(source.files, scheme) / "model.safetensors"
     kept = _open_kept(path, source, scheme)
     if kept is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            room = shutil.disk_usage(path.parent).free
-        except OSError as error:
-            raise WriteError(f"{path.parent} cannot be made ({error.strerror})") from None
-        needed = bytes_needed(source, scheme)
-        if room < needed + (256 << 20):
-            raise WriteError(f"{path.parent} has {room >> 20} MB free and needs {needed >> 20} MB")
+        make_room(path.parent, bytes_needed(source, scheme))
         packed_folder.write(path, scheme, source.names(), _packed(source, scheme, progress))
         kept = SafetensorsFile(path)
     kept.populate(progress and (lambda done, size: progress(done, size, "reading weights")))
@@ -82,12 +75,24 @@ def _through_cache(source: Source, scheme: str, progress: Progress | None) -> We
     return {name: _kept(kept, name, shapes[name]) for name in source.names()}
 
 
-def _digest(source: Source, scheme: str) -> str:
+def kept_folder(files: Sequence[Path], scheme: str) -> Path:
+    """Where the packed weights of these files are kept, or would be."""
     digest = hashlib.sha256(f"{packed_folder.VERSION} {scheme}".encode())
-    for path in source.files:
+    for path in files:
         stat = path.stat()
         digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:24]
+    return cache_folder() / "packed" / digest.hexdigest()[:24]
+
+
+def make_room(folder: Path, needed: int) -> None:
+    """Makes a folder for so many bytes; raises WriteError where it cannot be made, or its disk has hardly so many."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise WriteError(f"{folder} cannot be made ({error.strerror})") from None
+    if room < needed + (256 << 20):
+        raise WriteError(f"{folder} has {room >> 20} MB free and needs {needed >> 20} MB")
 
 
 def _open_kept(path: Path, source: Source, scheme: str) -> SafetensorsFile | None:

@@ -30,7 +30,8 @@ def command(source: str, target: Path, to: str | None, mmproj: bool, drafter: Pa
     drafter. DST ends in .gguf for a file that llama.cpp runs, with mmproj-DST beside it for pictures and sounds (and
     mtp-DST with --drafter); anything else is a folder to be written with safetensors.
     """
-    from iolite.checkpoint.convert import Beside, drafter_to_gguf, is_drafter, to_folder, to_gguf
+    from iolite.checkpoint.convert import Beside, drafter_to_gguf, to_folder, to_gguf
+    from iolite.checkpoint.folder import is_drafter
     from iolite.checkpoint.source import open_source
 
     with working("Converting", "tensors") as progress:

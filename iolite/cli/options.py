@@ -14,6 +14,8 @@ from iolite.cli.attachments import kind_of
 if TYPE_CHECKING:
     from iolite.generate.model import Model
 
+DRAFTER = "none"  # what --drafter is where it is not given
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SAMPLING = (
@@ -55,8 +57,16 @@ LOADING = (
         show_default=True,
         help="Format of the cache of keys and values.",
     ),
+    click.option(
+        "--drafter",
+        metavar="auto|none|PATH",
+        default=DRAFTER,
+        show_default=True,
+        help="Small network that guesses tokens ahead, for MODEL to check in one pass. auto: the one that lies with "
+        "MODEL or in the Hugging Face cache; PATH: this folder, .gguf file or id.",
+    ),
 )
-_LOADING = ("context", "threads", "device", "dtype", "quantize", "kv")  # the parameters of LOADING
+_LOADING = ("context", "threads", "device", "dtype", "quantize", "kv", "drafter")  # the parameters of LOADING
 IMAGE_TOKENS = click.option(
     "--image-max-tokens",
     "--image-tokens",
@@ -106,7 +116,7 @@ def take_loading(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings.pop(name) for name in _LOADING}
 
 
-def load_model(name: str, threads: int | None, **settings: Any) -> Model:
+def load_model(name: str, threads: int | None, drafter: str = DRAFTER, **settings: Any) -> Model:
     """`iolite.load`, with a spinner on the terminal while it works."""
     from iolite.cli.terminal import loading
 
@@ -121,4 +131,4 @@ def load_model(name: str, threads: int | None, **settings: Any) -> Model:
             torch.set_num_threads(threads)
             if cpu.load() is not None:
                 cpu.set_threads(threads)
-        return load(name, progress=progress, **settings)
+        return load(name, progress=progress, drafter=None if drafter == "none" else drafter, **settings)

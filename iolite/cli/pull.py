@@ -23,4 +23,10 @@ def command(model: str, check: bool) -> None:
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
+    from iolite.checkpoint import hub
+    from iolite.checkpoint.pairing import published_drafter
+
+    drafter = published_drafter(model)
+    if drafter and not hub.cached(drafter):
+        say(f"a drafter was published for it, which makes it faster: iolite pull {drafter}")
     put(f"{folder}\n")

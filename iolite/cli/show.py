@@ -1,7 +1,7 @@
 """`iolite show`: what a model is and what it takes, from its config.json and the headers of its weights.
 
 Weights are neither loaded nor needed; torch is imported for `--system`, which asks it for the devices, and for the
-headers of packed weights.
+headers of packed weights and of drafters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LOST = "Packed weights are multiplied through torch: the same results, several 
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--system", is_flag=True, help="Also this machine: cores, memory, kernels, device, caches.")
 def command(model: str | None, as_json: bool, system: bool, **settings: Any) -> None:
-    """Describe MODEL (by default nano): its sizes, what it takes, its files and the memory it needs.
+    """Describe MODEL (by default nano), or a drafter: its sizes, what it takes, its files and the memory it needs.
 
     With a setting to plan for, print what takes how much memory instead, whether that fits and, where it does not, what
     would: before anything is downloaded. With --system and no MODEL, only this machine is described.
@@ -51,11 +51,19 @@ def command(model: str | None, as_json: bool, system: bool, **settings: Any) -> 
     report: dict[str, Any] = {}
     config = planned = None
     if model is not None or asked or not system:
+        from iolite.checkpoint.pairing import named_drafter
+        from iolite.cli.show_drafter import describe_drafter
+
         name = "nano" if model is None else model
-        path, source = _find(name)
-        config = ModelConfig.from_folder(path) if source is None else source.config
-        planned = make_plan(config, source, **asked)
-        report = describe(name, path, config, source, planned)
+        if found := named_drafter(name):
+            if asked:
+                raise UsageError(f"{name} is a drafter", "a plan is of a model: iolite show MODEL --drafter")
+            report = describe_drafter(name, found)
+        else:
+            path, source = _find(name)
+            config = ModelConfig.from_folder(path) if source is None else source.config
+            planned = make_plan(config, source, **asked)
+            report = describe(name, path, config, source, planned)
     if system:
         report["system"] = describe_system(config)
     if as_json:
@@ -121,8 +129,24 @@ def describe(name: str, path: Path, config: ModelConfig, source: Source | None, 
         "media": _media(config, processor),
         "weights": _weights(config, source),
         "kv_cache": kv_cache(config, planned.kv),
+        "drafter": _drafter(source, name),
         "files": {p.name: p.stat().st_size for p in files},
         **_plan_numbers(planned),
+    }
+
+
+def _drafter(source: Source | None, name: str) -> dict[str, Any] | None:
+    """The drafter that `--drafter auto` takes with this model, and what it passes over; None where there is neither."""
+    from iolite.checkpoint.pairing import AUTO, Pair, find_pair
+
+    found = find_pair(source, name, AUTO) if source else None
+    if found is None or not (isinstance(found, Pair) or found.passed):
+        return None
+    pair = found if isinstance(found, Pair) else None
+    return {
+        "path": str(pair.source.files[0]) if pair else None,
+        "where": pair.where if pair else None,
+        "passed_over": list(found.passed),
     }
 
 
@@ -252,7 +276,11 @@ def _weights(config: ModelConfig, source: Source | None) -> dict[str, Any]:
 def _text(report: Mapping[str, Any]) -> str:
     """The report for people: one subject a line."""
     rows: list[tuple[str, str]] = []
-    if "model" in report:
+    if "drafts_for" in report:
+        from iolite.cli.show_drafter import drafter_rows
+
+        rows += drafter_rows(report)
+    elif "model" in report:
         rows += _model_rows(report)
     if "system" in report:
         rows += _system_rows(report["system"])
@@ -306,9 +334,17 @@ def _model_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "KV cache",
             f"{kv['bytes_per_token']:,} bytes a token + {human_bytes(kv['sliding_bytes'])} in {kv['dtype']}: {cache}",
         ),
+        *_drafter_row(report["drafter"]),
         ("files", files),
         ("memory", _memory_row(report["plan"])),
     ]
+
+
+def _drafter_row(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if found is None:
+        return []
+    passed = "; passed over ".join(["", *found["passed_over"]])
+    return [("drafter", f"{found['where'] or 'none that fits'}{passed}")]
 
 
 def _memory_row(p: Mapping[str, Any]) -> str:
