@@ -88,9 +88,9 @@ def read_drafter_config(folder: Path) -> tuple[TextConfig, int]:
         raise ConfigError(f"config.json: model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}", _HINT)
     layers = text.get("num_hidden_layers")
     if text.get("num_kv_shared_layers") != layers or data.get("use_ordered_embeddings"):
-        raise ConfigError("config.json: only drafters whose layers all read their model's keys are supported")
+        raise ConfigError("config.json: only drafters whose layers all read their model's keys are supported", _HINT)
     if type(width) is not int or not 0 < width <= 1 << 20:
-        raise ConfigError(f"config.json: backbone_hidden_size must be a whole number, not {width!r}")
+        raise ConfigError(f"config.json: backbone_hidden_size must be a whole number, not {width!r}", _HINT)
     own = dict(text) | {"num_kv_shared_layers": 0}
     return ModelConfig.from_hf({"model_type": "gemma4_unified", "text_config": own}).text, width
 

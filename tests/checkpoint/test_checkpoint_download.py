@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -15,9 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
+from support.gguf_model import save_tiny_drafter
 from support.hub_server import COMMIT, Hub, serve
 
 from iolite.checkpoint.download import wanted
+from iolite.checkpoint.drafter import find_drafter
 from iolite.errors import CheckpointError
 
 NAME = "Tiny/Gem"
@@ -236,6 +239,24 @@ def test_no_space(hub, pull):
 def test_another_architecture_is_refused_before_its_weights_are_fetched(hub, pull):
     hub.files["config.json"] = b'{"model_type": "llama"}'
     assert "model_type is 'llama'" in fails(pull(NAME))[0]
+    assert hub.downloads(WEIGHTS) == []
+
+
+def test_a_drafter_is_fetched_like_a_model(hub, pull, tmp_path):
+    folder = save_tiny_drafter(tmp_path / "drafter")
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, out, err = finish(pull(NAME))
+    assert code == 0, err
+    assert out == f"{tmp_path / SNAPSHOT}\n"
+    assert find_drafter(tmp_path / SNAPSHOT).shapes == find_drafter(folder).shapes
+
+
+def test_a_drafter_of_another_kind_is_refused_before_its_weights_are_fetched(hub, pull, tmp_path):
+    folder = save_tiny_drafter(tmp_path / "drafter")
+    hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = json.loads(hub.files["config.json"]) | {"use_ordered_embeddings": True}
+    hub.files["config.json"] = json.dumps(config).encode()
+    assert "only drafters whose layers all read" in fails(pull(NAME))[0]
     assert hub.downloads(WEIGHTS) == []
 
 
