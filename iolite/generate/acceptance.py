@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-KEEPS = 0.95  # of what was seen before, at every new trial: the last twenty count
+KEEPS = 0.98  # of what was seen before, at every new trial: the last fifty count
 FORGETS = 0.995  # and at every chance that was not taken
 _WEIGHT = 1.0  # of the first guess, in trials
 

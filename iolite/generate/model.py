@@ -26,14 +26,17 @@ from iolite.cache import KVCache
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.names import expected_shapes
 from iolite.checkpoint.packing import PackingSource, read_weights
+from iolite.checkpoint.pairing import Pair, find_pair, load_pair
 from iolite.checkpoint.plan import LEAST_CONTEXT, Plan, plan
 from iolite.checkpoint.source import Source, open_source
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.device import Choice, choose, free_memory
 from iolite.errors import UsageError
+from iolite.generate.costs import MOST_DRAFTS, measure
 from iolite.generate.loop import Decoding, Progress, StopStrings, check_fits, prompt_logits
 from iolite.generate.reply import Reply
 from iolite.generate.sampling import SamplingParams
+from iolite.generate.speculative import Speculator
 from iolite.generate.stream import ReplyStream
 from iolite.kernels import cpu
 from iolite.memory import human_bytes
@@ -80,6 +83,11 @@ def load(
     which it is mapped the next time. kv is the format of the cache of keys and values. progress(done, in all, what) is
     called while weights are packed or read from the disk.
 
+    drafter guesses tokens ahead, which the model then checks several in a pass; answers stay the same. "auto" takes the
+    one that lies with the model or in the Hugging Face cache, a path or an id takes that one, which must fit
+    (UsageError); `model.drafting` says which. With either, tokens are also guessed by copying from the text so far, and
+    passes are timed once, to know how many guesses pay: `timings.drafting` of a reply tells how it went.
+
     dtype and device are chosen when not given (`model.choice.reason` says why). context limits prompt and answer
     together; by default it is all that the model was made for, or as much of it as fits into the memory that is free
     (then `model.choice.reason` says so too). Raises DownloadError when the model is not here, CheckpointError when its
@@ -87,7 +95,6 @@ def load(
     context that does not fit. IOLITE_MEMORY=16GB in the environment stands for the memory that is free.
     """
     begin = time.perf_counter()
-    _refuse("drafter", drafter)
     if quantize is not None:
         scheme_named(quantize)
     source = open_source(os.fspath(path))
@@ -99,18 +106,24 @@ def load(
     parameters = sum(_product(shape) for shape in expected_shapes(config).values())
     choice = choose(device, dtype, config.dtype, parameters, packed=scheme)
     kv_dtype = _kv_dtype(kv, choice, packed=scheme is not None)
-    planned = _plan_that_fits(source, scheme, kv, choice, context)
+    pair = find_pair(source, os.fspath(path), drafter) if drafter else None
+    planned = _plan_that_fits(source, scheme, kv, choice, context, isinstance(pair, Pair))
     if context is None and planned.context < limit:
         note = f"; a context of {planned.context:,} tokens of {limit:,}, which is what fits in memory"
         choice = replace(choice, reason=choice.reason + note)
     tokenizer = source.tokenizer()
     check_tokenizer(tokenizer, config)
     weights = read_weights(source, quantize, progress)
-    network = assemble(config, weights, dtype=choice.dtype, device=choice.device)
+    network = assemble(config, weights, dtype=choice.dtype, device=choice.device).eval().requires_grad_(False)
+    speculator = None
+    if pair:
+        settings: dict[str, Any] = {"dtype": choice.dtype, "device": choice.device, "progress": progress}
+        drafting = load_pair(pair, scheme, **settings) if isinstance(pair, Pair) else None
+        speculator = Speculator(network, measure(network, drafting, kv_dtype), drafting)
     return Model(
         name=str(path),
         folder=source.folder,
-        network=network.eval().requires_grad_(False),
+        network=network,
         choice=choice,
         builder=PromptBuilder(
             tokenizer,
@@ -124,10 +137,14 @@ def load(
         context=planned.context,
         chunk=planned.chunk,
         load_seconds=time.perf_counter() - begin,
+        speculator=speculator,
+        drafting=pair.note if pair else None,
     )
 
 
-def _plan_that_fits(source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None) -> Plan:
+def _plan_that_fits(
+    source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None, drafter: bool
+) -> Plan:
     """For the context that was asked for, or the longest that there is memory for.
 
     Raises UsageError, with what would fit, when what was asked for does not, or hardly any context does.
@@ -144,6 +161,7 @@ def _plan_that_fits(source: Source, scheme: str | None, kv: str, choice: Choice,
         dtype=choice.dtype_name,
         memory=free_memory(choice.device),
         tiles=tiles,
+        drafter=drafter,
         compiled=choice.device.type != "cpu" or cpu.load() is not None,
     )
     planned = planned_for(context=asked or limit)
@@ -190,6 +208,8 @@ class Model:
     kv_dtype: torch.dtype | None  # what keys and values are kept in, None: what is computed in
     scheme: str | None  # "int4" or "int8" of packed weights
     load_seconds: float
+    speculator: Speculator | None = None  # guesses tokens ahead
+    drafting: str | None = None  # which drafter was found and where, or that none was; None: none was asked for
     prefix_bytes: int | None = None  # budget of `prefixes`, None: what one cache of the whole context takes
     prefixes: PrefixCache = field(init=False, repr=False)  # what was read and need not be read again
 
@@ -271,17 +291,19 @@ class Model:
         *,
         max_tokens: int = 256,
         progress: Progress | None = None,
+        drafts: int | None = None,
         **sampling: Any,
     ) -> Iterator[Piece]:
         """Draws tokens until one ends the answer; each comes as a `Piece`, thoughts and special tokens as they are.
 
         sampling: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed, stop, stop_ids,
         suppress_tokens as in `SamplingParams`; what is not given is the checkpoint's own. Raises ContextError at once
-        when the prompt does not fit.
+        when the prompt does not fit. drafts, of a model with a drafter: how many tokens to guess ahead, 0 for none,
+        None for as many as pay.
         """
         prompt = self._as_prompt(prompt)
         params = self.sampling(max_tokens=max_tokens, **sampling)
-        decoding = self._decoding(prompt, params, progress)
+        decoding = self._decoding(prompt, params, progress, drafts)
         return self._pieces(decoding)
 
     def _pieces(self, decoding: Decoding) -> Iterator[Piece]:
@@ -337,18 +359,19 @@ class Model:
         image_tokens: int | None = None,
         preserve_thinking: bool = False,
         progress: Progress | None = None,
+        drafts: int | None = None,
         **sampling: Any,
     ) -> Reply | ReplyStream:
         """Answers messages. With stream=True an iterator of events, whose `reply` is complete after the last one.
 
         Text, thoughts and tool calls come apart. stop strings act on the text of the answer. Other sampling settings
-        as in `generate`. Every mistake in the input is raised before the first token, with stream=True too.
+        and drafts as in `generate`. Every mistake in the input is raised before the first token, with stream=True too.
         """
         _refuse("schema", None if schema is None else "…")
         begin = time.perf_counter()
         params = self.sampling(max_tokens=max_tokens, temperature=temperature, **sampling)
         prompt = self.prompt(messages, tools, thinking, preserve_thinking, image_tokens)
-        decoding = self._decoding(prompt, params, progress)
+        decoding = self._decoding(prompt, params, progress, drafts)
         answer = ReplyStream(decoding, self.tokenizer, tools, prepare_seconds=time.perf_counter() - begin)
         return answer if stream else answer.run()
 
@@ -363,7 +386,14 @@ class Model:
             raise UsageError("every token of the vocabulary is suppressed")
         return params
 
-    def _decoding(self, prompt: Prompt, params: SamplingParams, progress: Progress | None) -> Decoding:
+    def _decoding(
+        self, prompt: Prompt, params: SamplingParams, progress: Progress | None, drafts: int | None
+    ) -> Decoding:
+        if drafts is not None:
+            if isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 <= drafts <= MOST_DRAFTS:
+                raise UsageError(f"drafts is {drafts!r}", f"give 0 to {MOST_DRAFTS}, or leave it out")
+            if drafts and not self.speculator:
+                raise UsageError("drafts were asked of a model without a drafter", 'load it with drafter="auto"')
         return Decoding(
             self.network,
             prompt,
@@ -372,6 +402,8 @@ class Model:
             chunk=self.chunk,
             progress=progress,
             prefixes=self.prefixes,
+            speculator=self.speculator,
+            drafts=drafts,
         )
 
     def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:

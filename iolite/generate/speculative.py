@@ -27,7 +27,7 @@ from iolite.generate.passes import Passes
 from iolite.model.drafter import Chains, Drafter
 from iolite.model.unified import Unified
 
-_MARGIN = 1.1  # by how much more than it costs a draft must bring: costs and chances are estimates
+_MARGIN = 1.1  # how much more than it costs the first draft must bring: costs and chances are estimates
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Proposal:
 class Speculator:
     """Proposes drafts for sequences of one model, and learns how they fare. One for all answers of a model."""
 
-    def __init__(self, network: Unified, costs: Costs, drafter: Drafter | None = None) -> None:
-        """Without a drafter all drafts are copies."""
-        self.network, self.costs, self.drafter = network, costs, drafter
+    def __init__(self, network: Unified, costs: Costs, drafter: Drafter | None = None, copies: bool = True) -> None:
+        """Without a drafter all drafts are copies out of the text so far; copies=False leaves these out."""
+        self.network, self.costs, self.drafter, self.copies = network, costs, drafter, copies
         self.acceptance = Acceptance()
 
     def round(self, run: Passes, sequences: Sequence[Continuation]) -> list[list[int]]:
@@ -147,18 +147,20 @@ class _Turn:
         asked = self.sequences[i].drafts
         return min(MOST_DRAFTS if asked is None else asked, self.sequences[i].left - 1)
 
-    def growth(self, i: int) -> float:
-        """Seconds that one more draft of sequence i adds to the pass."""
-        more = [count + (at == i) for at, count in enumerate(self.counts)]
-        return self.costs.of_pass(more, self.contexts) - self.costs.of_pass(self.counts, self.contexts)
+    def growth(self, i: int, beyond: int = 0) -> float:
+        """Seconds that one more draft of sequence i, and `beyond` others before it, adds to the pass."""
+        less, more = list(self.counts), list(self.counts)
+        less[i] += beyond
+        more[i] += beyond + 1
+        return self.costs.of_pass(more, self.contexts) - self.costs.of_pass(less, self.contexts)
 
     def pays(self, chance: float, seconds: float) -> bool:
-        return chance > _MARGIN * self.rate * seconds
+        return chance > self.rate * seconds
 
     def copied(self, i: int) -> Proposal:
         """Drafts out of the sequence's own text."""
         sequence, proposal = self.sequences[i], Proposal()
-        tokens, match = sequence.lookup.find(self.most(i))
+        tokens, match = sequence.lookup.find(self.most(i)) if self.speculator.copies else ([], 0)
         for at, token in enumerate(tokens):
             known: Known = ("copied", min(at, 4)) if at else ("match", match)
             chance, seconds = self.acceptance.rate(known), self.growth(i)
@@ -195,11 +197,16 @@ class _Turn:
             return False
         if self.sequences[i].drafts is not None:
             return True
-        known = ("depth", len(proposal.tokens) + 1)
-        seconds = self.costs.of_draft(self.contexts[i : i + 1]) / together + self.growth(i)
-        if self.pays(proposal.chance * self.acceptance.rate(known), seconds):
-            return True
-        self.acceptance.passed_over(known)
+        step = self.costs.of_draft(self.contexts[i : i + 1]) / together
+        count, chance, value = len(proposal.tokens), proposal.chance, 0.0
+        margin = 1.0 if count else _MARGIN
+        # A pass does not grow evenly: several more may pay where one more does not.
+        for more in range(1, self.most(i) - count + 1):
+            chance *= self.acceptance.rate(("depth", count + more))
+            value += chance - margin * self.rate * (step + self.growth(i, more - 1))
+            if value > 0:
+                return True
+        self.acceptance.passed_over(("depth", count + 1))
         return False
 
     def _take(self, i: int, proposal: Proposal, token: int, probability: float) -> bool:
