@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,19 @@ def read_weights(
                 format = chosen.head if name == "model.embed_tokens.weight" else chosen.layers
                 weight = quantise_named(name, weight, format)
         yield name, weight
+
+
+def trained_source(name: str, network: Drafter, read_tokenizer: Callable[[], Tokenizer]) -> DrafterSource:
+    """A network of float weights as a source, for `write_folder`: in bfloat16, as drafters are published."""
+    state = network.state_dict()
+    return DrafterSource(
+        name,
+        network.config,
+        network.backbone_hidden_size,
+        read_tokenizer,
+        {key: tuple(tensor.shape) for key, tensor in state.items()},
+        lambda key: state[key].detach().to("cpu", torch.bfloat16),
+    )
 
 
 def write_folder(

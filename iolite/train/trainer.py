@@ -4,8 +4,9 @@ The budget is wall-clock time: the learning rate is a function of the fraction o
 before a resume counts. One file holds the whole state (safetensors, written beside and renamed), so a killed run loses
 at most `save_every` seconds.
 
-The trainer knows nothing of tasks or files of a recipe: it is given a model, parameter groups, a source of batches and
-a function that measures.
+A loop knows nothing of tasks or files of a recipe: it is given a model, parameter groups, a source of batches and a
+function that measures. What is minimised is its subclass's affair: `Trainer` here trains a model on labelled tokens,
+`iolite/train/drafter.py` a drafter.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iolite.checkpoint.safetensors import SafetensorsFile, save_safetensors
 from iolite.errors import CheckpointError
@@ -29,15 +30,19 @@ from iolite.train.data import Arrays, BucketBatch, Layout
 from iolite.train.loss import Loss, labelled_loss
 from iolite.train.parallel import FlatGradients, Group
 
-Scores = dict[str, tuple[int, int]]  # task -> (right, asked)
+Scores = dict[str, tuple[int, int]]  # task -> (right, asked), or another count and what it is a share of
+
+Network = TypeVar("Network", bound=nn.Module)
+Batch = TypeVar("Batch")
+Batch_co = TypeVar("Batch_co", covariant=True)
 
 
-class Source(Protocol):
+class Source(Protocol[Batch_co]):
     """Where batches come from. After `start(step)` each `next_batch` belongs to the next step."""
 
     def start(self, step: int) -> None: ...
 
-    def next_batch(self, fraction: float) -> Arrays:
+    def next_batch(self, fraction: float) -> Batch_co:
         """fraction of the time budget that is spent, for a curriculum."""
         ...
 
@@ -69,27 +74,41 @@ class Settings:
         return warm * min(1.0, max(0.0, (1 - fraction) / (1 - self.flat_until)))
 
 
-_FRACTION, _STOP, _EVALUATE, _SAVE, _ANSWER, _DENSE = range(6)  # what rides along with the gradients
+_FRACTION, _STOP, _EVALUATE, _SAVE, _FIGURES = range(5)  # what rides along with the gradients
 
 
-class Trainer:
+class Minimised(Protocol):
+    """The outcome of a forward pass."""
+
+    @property
+    def total(self) -> Tensor: ...
+
+
+Outcome = TypeVar("Outcome", bound=Minimised)
+
+
+class Loop(Generic[Network, Batch, Outcome]):
     """One process of a run. With several, each calls the same methods in the same order."""
+
+    figures: tuple[str, ...] = ("loss",)
+    """Names in the log of what `_figures` tells of every step."""
 
     def __init__(
         self,
-        model: Unified,
+        model: Network,
         groups: Sequence[Mapping[str, Any]],
-        source: Source,
-        layout: Layout,
+        source: Source[Batch],
+        rows: int,
         folder: Path,
         settings: Settings,
         *,
         group: Group | None = None,
-        evaluate: Callable[[Unified], Scores] | None = None,
+        evaluate: Callable[[Network], Scores] | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """groups as torch's AdamW takes them, each with "lr"; report gets every record of the log (lead only)."""
-        self.model, self.source, self.layout, self.folder = model, source, layout, folder
+        """groups as torch's AdamW takes them, each with "lr"; rows: samples of a step of one process; report gets
+        every record of the log (lead only)."""
+        self.model, self.source, self.rows, self.folder = model, source, rows, folder
         self.settings, self.group = settings, group or Group()
         self.device = next(model.parameters()).device
         self.evaluate, self.report = evaluate, report
@@ -101,21 +120,29 @@ class Trainer:
         if {p for g in self.optimizer.param_groups for p in g["params"]} != set(parameters):
             raise ValueError("the parameter groups do not cover the model's parameters exactly")
         self.average = [p.detach().clone() for p in parameters]
-        self.gradients = FlatGradients(parameters, extra=6)
+        self.gradients = FlatGradients(parameters, extra=_FIGURES + len(self.figures))
         self.step_number, self.seconds, self.samples = 0, 0.0, 0
         self.norm = 0.0
         self._stop = False
         self._saved = self._evaluated = self._logged = 0.0
-        self._window = [0.0, 0.0, 0.0]  # answer loss, dense loss, steps since the last line
-        if settings.compile:
-            for layer in model.language_model.layers:
-                layer.compile(dynamic=False)
+        self._window = self._nothing()  # sums of the figures, and steps, since the last line
+
+    def _nothing(self) -> list[float]:
+        return [0.0] * (len(self.figures) + 1)
+
+    def _loss(self, batch: Batch) -> Outcome:
+        """The forward pass over what the source gave."""
+        raise NotImplementedError
+
+    def _figures(self, loss: Outcome) -> tuple[Tensor, ...]:
+        """What the log tells of a step, in the order of `figures`."""
+        return (loss.total.detach(),)
 
     # One step
 
-    def step(self) -> Loss:
+    def step(self) -> Outcome:
         """Forward, backward, average over the processes, update."""
-        batch = BucketBatch(self.model.config.text, self.layout, self.source.next_batch(self.fraction), self.device)
+        batch = self.source.next_batch(self.fraction)
         self.gradients.zero_()
         loss = self._loss(batch)
         loss.total.backward()
@@ -126,25 +153,20 @@ class Trainer:
             g["lr"] = g["base_lr"] * rate
         self.optimizer.step()
         self.step_number += 1
-        self.samples += self.layout.num_rows * self.group.size
+        self.samples += self.rows * self.group.size
         self._update_average()
         return loss
-
-    def _loss(self, batch: BucketBatch) -> Loss:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
-            hidden = self.model(batch.ids, batch)
-            logits = self.model.logits(hidden.index_select(0, batch.label_index))
-        return labelled_loss(logits, batch.labels, batch.label_kind, self.settings.dense_weight)
 
     @property
     def fraction(self) -> float:
         """Of the time budget, spent."""
         return min(1.0, self.seconds / (60 * self.settings.minutes))
 
-    def _ride_along(self, loss: Loss) -> None:
+    def _ride_along(self, loss: Outcome) -> None:
         """The lead decides what happens after this step; all processes read it from the summed buffer."""
         extra = self.gradients.extra
-        extra[_ANSWER], extra[_DENSE] = loss.answer, loss.dense
+        for place, figure in enumerate(self._figures(loss), start=_FIGURES):
+            extra[place] = figure
         if not self.group.leads:
             return
         s, done = self.settings, self.step_number + 1 == self.settings.max_steps
@@ -186,7 +208,7 @@ class Trainer:
         self.step()
         self.seconds += time.monotonic() - begin
         extra = self.gradients.extra.tolist()
-        self._window = [a + b for a, b in zip(self._window, (extra[_ANSWER], extra[_DENSE], 1.0), strict=True)]
+        self._window = [a + b for a, b in zip(self._window, (*extra[_FIGURES:], 1.0), strict=True)]
         if self.seconds - self._logged >= self.settings.log_every or extra[_STOP]:
             self._log_training()
         if extra[_EVALUATE]:
@@ -197,20 +219,19 @@ class Trainer:
         return not extra[_STOP] and os.getppid() == parent
 
     def _log_training(self) -> None:
-        answer, dense, steps = self._window
+        *sums, steps = self._window
         spent = max(self.seconds - self._logged, 1e-9)
         count = steps * self.group.size
         self._record(
             {
                 "kind": "train",
-                "loss": answer / count,
-                "dense": dense / count,
+                **{name: value / count for name, value in zip(self.figures, sums, strict=True)},
                 "norm": self.norm,
                 "rate": self.settings.rate(self.step_number, self.fraction),
-                "samples_per_second": steps * self.layout.num_rows * self.group.size / spent,
+                "samples_per_second": steps * self.rows * self.group.size / spent,
             }
         )
-        self._window, self._logged = [0.0, 0.0, 0.0], self.seconds
+        self._window, self._logged = self._nothing(), self.seconds
 
     def _record(self, record: dict[str, Any]) -> None:
         if not self.group.leads:
@@ -294,3 +315,41 @@ class Trainer:
             found |= {f"weights.{name}": parameter.detach(), f"average.{name}": average}
             found |= {f"{key}.{name}": value for key, value in moments.items()}
         return found
+
+
+class Trainer(Loop[Unified, Arrays, Loss]):
+    """Trains a model on the labelled tokens of batches of one layout."""
+
+    figures = ("loss", "dense")
+
+    def __init__(
+        self,
+        model: Unified,
+        groups: Sequence[Mapping[str, Any]],
+        source: Source[Arrays],
+        layout: Layout,
+        folder: Path,
+        settings: Settings,
+        *,
+        group: Group | None = None,
+        evaluate: Callable[[Unified], Scores] | None = None,
+        report: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """As `Loop`; layout: the shape of every batch."""
+        super().__init__(
+            model, groups, source, layout.num_rows, folder, settings, group=group, evaluate=evaluate, report=report
+        )
+        self.layout = layout
+        if settings.compile:
+            for layer in model.language_model.layers:
+                layer.compile(dynamic=False)
+
+    def _loss(self, batch: Arrays) -> Loss:
+        made = BucketBatch(self.model.config.text, self.layout, batch, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
+            hidden = self.model(made.ids, made)
+            logits = self.model.logits(hidden.index_select(0, made.label_index))
+        return labelled_loss(logits, made.labels, made.label_kind, self.settings.dense_weight)
+
+    def _figures(self, loss: Loss) -> tuple[Tensor, ...]:
+        return loss.answer, loss.dense
