@@ -29,6 +29,7 @@ from iolite.errors import UsageError
 
 VARIABLE = "IOLITE_LLAMA_BIN"
 _LOADS = 600.0  # seconds that a server may take to load a model, or to answer
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this machine
 
 
 def find_server() -> Path:
@@ -47,7 +48,8 @@ def find_server() -> Path:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of `ids`; seconds are those of the passes behind its first token, which the prompt's pass draws."""
+    """One answer of two tokens or more; seconds are those of the passes behind its first token, which the prompt's pass
+    draws."""
 
     ids: tuple[int, ...]
     seconds: float
@@ -150,6 +152,7 @@ class Server:
 
         The seed decides which drafts are accepted, where that is left to chance.
         """
+        assert tokens > 1  # the first costs no pass of its own
         wanted = {
             "prompt": list(prompt),
             "n_predict": tokens,
@@ -184,7 +187,7 @@ class Server:
     def _call(self, path: str, body: bytes | None = None) -> dict[str, Any]:
         request = urllib.request.Request(self.address + path, body, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=_LOADS) as reply:
+            with _OPENER.open(request, timeout=_LOADS) as reply:
                 found: dict[str, Any] = json.load(reply)
         except urllib.error.HTTPError as error:
             if error.code == 503:  # loading
