@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from llama_mtp import Server
@@ -38,7 +37,6 @@ from iolite.cache import KVCache
 from iolite.evals.machine import hardware, physical_cores
 from iolite.evals.speed import Spread
 from iolite.generate.continuation import Continuation
-from iolite.generate.costs import measure
 from iolite.generate.loop import Decoding
 from iolite.generate.model import Model
 from iolite.generate.passes import Passes
@@ -113,6 +111,18 @@ class Row:
     tokens: int = 0
     same: bool = True  # as plain decoding's tokens
 
+    def add(self, seconds: float, plain_seconds: float) -> None:
+        """A sample: seconds a token, and of plain decoding in the same turn."""
+        self.seconds.append(seconds)
+        self.ratios.append(plain_seconds / seconds)
+
+    def count(self, drawn: Drawn, expected: Sequence[int]) -> None:
+        self.same &= drawn.ids == list(expected)
+        if how := drawn.decoding.drafting:
+            self.passes += how.passes
+            self.drafted += how.drafted
+            self.tokens += how.tokens
+
     def line(self, name: str) -> str:
         rate, ratio = Spread.of(1 / s for s in self.seconds), Spread.of(self.ratios)
         note = "" if self.same else "other tokens than plain decoding"
@@ -124,9 +134,26 @@ class Row:
         return f"| {name} | {rate} | {ratio} | {drafts} | {note} |"
 
 
-def draw(model: Model, prompt: Prompt, tokens: int, speculator: Speculator | None, drafts: int | None) -> Decoding:
-    """An answer of that many tokens; the ids that it drew are appended to `prompt.ids` in `.ids`."""
-    params = SamplingParams(temperature=0, max_tokens=tokens)
+@dataclass
+class Drawn:
+    """An answer: the prompt's ids and those behind it, and how it went."""
+
+    ids: list[int]
+    decoding: Decoding
+
+    @property
+    def seconds(self) -> float:
+        """A token, but for the first."""
+        return self.decoding.decode_seconds / (self.decoding.count - 1)
+
+
+def draw(
+    model: Model,
+    prompt: Prompt,
+    params: SamplingParams,
+    speculator: Speculator | None = None,
+    drafts: int | None = None,
+) -> Drawn:
     decoding = Decoding(
         model.network,
         prompt,
@@ -137,23 +164,7 @@ def draw(model: Model, prompt: Prompt, tokens: int, speculator: Speculator | Non
         speculator=speculator,
         drafts=drafts,
     )
-    decoding.ids = [*prompt.ids, *(token.id for token in decoding)]  # type: ignore[attr-defined]
-    return decoding
-
-
-def note(row: Row, decoding: Decoding, plain_seconds: float, expected: Sequence[int]) -> float:
-    """Takes a sample; its seconds a token."""
-    took = decoding.decode_seconds / (decoding.count - 1)
-    row.seconds.append(took)
-    row.ratios.append(plain_seconds / took if plain_seconds else 1.0)
-    row.same &= decoding.ids == list(expected)  # type: ignore[attr-defined]
-    if how := decoding.drafting:
-        row.passes, row.drafted, row.tokens = (
-            row.passes + how.passes,
-            row.drafted + how.drafted,
-            row.tokens + how.tokens,
-        )
-    return took
+    return Drawn([*prompt.ids, *(token.id for token in decoding)], decoding)
 
 
 def pass_seconds(network: Unified, kv_dtype: torch.dtype | None, counts: Sequence[int]) -> list[float]:
@@ -175,23 +186,28 @@ def set_acceptance(model: Model, acceptances: Sequence[float], tokens: int, repe
     assert base is not None and base.drafter is not None, "a drafter is needed"
     rng = random.Random(0)
     prompt = Prompt([rng.randrange(3, model.config.text.vocab_size) for _ in range(16)], "")
-    expected: list[int] = draw(model, prompt, tokens, None, None).ids  # type: ignore[attr-defined]
+    params = SamplingParams(temperature=0, max_tokens=tokens)
+    expected = draw(model, prompt, params).ids
     drafted = {a: Replayed(base, expected, a) for a in acceptances}
-    rows: dict[str, Row] = {"plain": Row()}
-    for _ in range(repeat):
-        plain = note(rows["plain"], draw(model, prompt, tokens, None, None), 0.0, expected)
+    rows: dict[str, Row] = {}
+
+    def sample(name: str, speculator: Speculator | None, drafts: int | None, plain: float | None) -> float:
+        drawn, row = draw(model, prompt, params, speculator, drafts), rows.setdefault(name, Row())
+        row.add(drawn.seconds, plain or drawn.seconds)
+        row.count(drawn, expected)
+        return drawn.seconds
+
+    for turn in range(repeat):
+        plain = sample("plain", None, None, None)
         for acceptance, speculator in drafted.items():
-            row = rows.setdefault(f"drafted, acceptance {acceptance:g}", Row())
-            note(row, draw(model, prompt, tokens, speculator, None), plain, expected)
+            sample(f"drafted, acceptance {acceptance:g}", speculator, None, plain)
         for drafts in REPLAYED:
-            row = rows.setdefault(f"replayed, {drafts} at a time", Row())
+            name = f"replayed, {drafts} at a time"
             one, more = pass_seconds(model.network, model.kv_dtype, (1, drafts + 1))
-            again = note(Row(), draw(model, prompt, tokens, None, None), 0.0, expected)
-            note(row, draw(model, prompt, tokens, Free(base, expected), drafts), again, expected)
-            # The last round has fewer tokens to draw.
-            rounds = -(-(tokens - 1) // (drafts + 1))
-            row.allowed.append((tokens - 1) * one / (rounds * more))
-        print(f"turn done: plain {1 / plain:.2f} tokens/s", file=sys.stderr, flush=True)
+            sample(name, Free(base, expected), drafts, draw(model, prompt, params).seconds)
+            rounds = -(-(tokens - 1) // (drafts + 1))  # the last has fewer tokens to draw
+            rows[name].allowed.append((tokens - 1) * one / (rounds * more))
+        print(f"turn {turn + 1}: plain {1 / plain:.2f} tokens/s", file=sys.stderr, flush=True)
     for name, row in rows.items():
         yield row.line(name)
 
@@ -208,29 +224,20 @@ def questions(model: Model, count: int, repeat: int) -> Iterator[str]:
     if model.speculator:
         ways["drafter and copies, as many as pay"] = (model.speculator, None)
         ways |= {f"drafter, {k} at a time": (model.speculator, k) for k in (1, 2, 4)}
-    rows, expected = {name: Row() for name in ways}, {}
+    rows: dict[str, Row] = {name: Row() for name in ways}
+    expected: dict[int, list[int]] = {}
+    params = model.sampling(max_tokens=64)
     for _ in range(repeat):
         plain = 0.0
         for name, (speculator, drafts) in ways.items():
-            seconds, tokens, row = 0.0, 0, rows[name]
+            seconds, tokens = 0.0, 0
             for i, prompt in enumerate(prompts):
-                params = model.sampling(max_tokens=64)
-                done = Decoding(
-                    model.network, prompt, params, context=model.context, speculator=speculator, drafts=drafts,
-                    kv_dtype=model.kv_dtype,
-                )  # fmt: skip
-                ids = [token.id for token in done]
-                row.same &= expected.setdefault(i, ids) == ids
-                seconds, tokens = seconds + done.decode_seconds, tokens + done.count - 1
-                if how := done.drafting:
-                    row.passes, row.drafted, row.tokens = (
-                        row.passes + how.passes,
-                        row.drafted + how.drafted,
-                        row.tokens + how.tokens,
-                    )
+                drawn = draw(model, prompt, params, speculator, drafts)
+                rows[name].count(drawn, expected.setdefault(i, drawn.ids))
+                seconds += drawn.decoding.decode_seconds
+                tokens += drawn.decoding.count - 1
             plain = plain or seconds / tokens
-            row.seconds.append(seconds / tokens)
-            row.ratios.append(plain / row.seconds[-1])
+            rows[name].add(seconds / tokens, plain)
     for name, row in rows.items():
         yield row.line(name)
 
@@ -251,15 +258,12 @@ def llama(
             with Server(settings) as server:
                 server.answer(prompt, 4)
                 answer = server.answer(prompt, tokens, seed=1)
-            row.seconds.append(1 / answer.rate)
-            plain = plain or row.seconds[-1]
-            row.ratios.append(plain / row.seconds[-1])
+            plain = plain or 1 / answer.rate
+            row.add(1 / answer.rate, plain)
             if number:
-                row.passes, row.drafted, row.tokens = (
-                    row.passes + answer.passes,
-                    row.drafted + answer.drafted,
-                    row.tokens + tokens - 1,
-                )
+                row.passes += answer.passes
+                row.drafted += answer.drafted
+                row.tokens += tokens - 1
             print(f"{name}: {answer.rate:.2f} tokens/s", file=sys.stderr, flush=True)
     for name, row in rows.items():
         yield row.line(name)

@@ -162,7 +162,7 @@ def plan(
     kv: str = "auto",
     dtype: str | None = None,
     memory: int | None = None,
-    drafter: bool = False,
+    drafter: Part | None = None,
     tiles: Mapping[str, int] | None = None,
     compiled: bool = True,
 ) -> Plan:
@@ -170,7 +170,8 @@ def plan(
 
     quantize is the scheme that the weights are packed in or will be, None for floats; kv is the format of the cache;
     dtype is computed in (None: what a CPU would take). memory is what there is, in bytes; without it nothing is said
-    about what fits. tiles: bytes of a tile of each packed tensor, by our names, for a file that mixes formats.
+    about what fits. drafter: one that is loaded beside the model. tiles: bytes of a tile of each packed tensor, by our
+    names, for a file that mixes formats.
     compiled: False where there are no C++ kernels. Raises UsageError for settings that cannot be.
     """
     limit = config.text.max_position_embeddings
@@ -197,7 +198,7 @@ class _Need:
     quantize: str | None
     kv: str
     asked_dtype: str | None
-    drafter: bool
+    drafter: Part | None
     tiles: Mapping[str, int] | None
     compiled: bool
 
@@ -265,7 +266,7 @@ class _Need:
         dtypes = {"vision": beside, "audio": beside}
         parts = [Part(_NAMES[part], "weights", size, dtypes.get(part, packed)) for part, size in found.items()]
         if self.drafter:
-            parts.append(Part("drafter", "drafter", 2 * sizes.drafter_values(config), "bfloat16"))
+            parts.append(self.drafter)
         return tuple(parts)
 
     @cached_property

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from iolite.generate.model import Model
 
-PARTS = ("load", "memory", "decode", "passes", "prefill")
+PARTS = ("load", "memory", "decode", "passes", "prefill", "drafting")
 
 
 class Numbers(click.ParamType):
@@ -66,9 +66,10 @@ def command(
     only: str | None,
     as_json: bool,
     threads: int | None,
+    drafter: str,
     **loading: Any,
 ) -> None:
-    """Measure how fast MODEL (by default nano) is: loading, memory, reading prompts, drawing tokens.
+    """Measure how fast MODEL (by default nano) is: loading, memory, reading prompts, drawing tokens, drafting.
 
     Drawing is bound by memory bandwidth and reading by 8-bit arithmetic. Both are measured between the samples, each
     sample is compared with what was measured right before and after it, and medians are shown with the whole range.
@@ -79,8 +80,8 @@ def command(
     parts = _parts(only)
     found: dict[str, Any] = {}
 
-    def load() -> Model:
-        return load_model(model, threads, quantize=quantize, kv=kv, **loading)
+    def load(drafter: str = "none") -> Model:
+        return load_model(model, threads, drafter, quantize=quantize, kv=kv, **loading)
 
     loaded, found["load"] = speed.measure_load(load)
     depths = _fitting(loaded.context, "decode", "depths", depths, 1)
@@ -96,6 +97,12 @@ def command(
         found["memory"] = speed.measure_memory(loaded)
         say(f"memory: {human_bytes(found['memory']['peak_rss_bytes'])} at its peak")
     _measure(loaded, found, parts, depths, passes, prefill, repeat)
+    if "drafting" in parts and drafter != "none":
+        del loaded
+        gc.collect()
+        loaded = load(drafter)
+        found["drafting"] = speed.drafting(loaded)
+        say(f"drafting: {loaded.drafting}")
     report = {
         "model": model,
         "quantize": quantize,
@@ -203,6 +210,9 @@ def _tables(report: Mapping[str, Any]) -> list[Table]:
             (f"{int(n):,}", _shown(r["tok_s"]), _percent(r["fraction_of_int8"])) for n, r in report["prefill"].items()
         ]
         made.append(_table("reading", ("tokens", "tokens/s", "of 8-bit peak"), rows))
+    if gains := report.get("drafting", {}).get("gain_by_acceptance"):
+        rows = [(f"{100 * float(a):.0f} %", str(g["drafts"]), f"{g['times_plain']:.2f}") for a, g in gains.items()]
+        made.append(_table("drafting", ("accepted", "best drafts a pass", "times plain"), rows))
     return made
 
 
@@ -223,6 +233,10 @@ def _general_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         known = i["median"] is not None
         rate, note = (f"{i['median']:.0f} GMAC/s", f"{i['low']:.0f}–{i['high']:.0f}") if known else ("?", i["reason"])
         rows.append(("8-bit rate", rate, note))
+    if drafting := report.get("drafting"):
+        step = drafting["draft_s"]
+        if step:
+            rows.append(("a draft", f"{1e3 * step:.2f} ms", f"{step / drafting['pass_s'][0]:.3f} of a pass"))
     return rows
 
 

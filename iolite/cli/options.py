@@ -14,7 +14,7 @@ from iolite.cli.attachments import kind_of
 if TYPE_CHECKING:
     from iolite.generate.model import Model
 
-DRAFTER = "none"  # what --drafter is where it is not given
+DRAFTER = "auto"  # what --drafter is where it is not given
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from iolite.checkpoint import sizes
-from iolite.checkpoint.plan import KV, Plan, plan
+from iolite.checkpoint.plan import KV, Part, Plan, plan
 from iolite.cli.terminal import put
 from iolite.config import ModelConfig, ProcessorConfig
 from iolite.errors import UsageError
@@ -83,6 +83,8 @@ def make_plan(config: ModelConfig, source: Source | None, memory: str | None = N
     if source and source.scheme:
         tiles = {name: format.tile_bytes for name, format in source.packed_formats().items()}
     there = stated_memory() or physical_memory() if memory is None else parse_bytes(memory)
+    if settings.pop("drafter", None):
+        settings["drafter"] = Part("drafter", "drafter", 2 * sizes.drafter_values(config), "bfloat16")
     return plan(config, quantize=scheme, memory=there, tiles=tiles, **settings)
 
 

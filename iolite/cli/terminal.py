@@ -107,7 +107,7 @@ def _show_events(first: object, stream: ReplyStream) -> None:
 
 
 def report(model: Model, reply: Reply) -> None:
-    """Where the time went, in four lines on stderr."""
+    """Where the time went, in a few lines on stderr."""
     t = reply.timings
     say(f"load:        {model.load_seconds:.2f} s, {model.choice.reason}")
     say(
@@ -120,3 +120,10 @@ def report(model: Model, reply: Reply) -> None:
         f"answer:      {t.completion_tokens} tokens in {t.prefill_seconds + t.decode_seconds:.2f} s, "
         f"{t.tokens_per_second:.1f} tokens/s after the first"
     )
+    if model.drafting:
+        say(f"drafting:    {model.drafting}")
+    if (d := t.drafting) and d.drafted:
+        say(
+            f"drafts:      {d.accepted} of {d.drafted} accepted in {d.passes} passes, {d.mean_accepted_length:.2f} "
+            f"tokens a pass; about {d.speedup:.2f} times the speed without"
+        )

@@ -367,6 +367,27 @@ def picture_prompt(model: Model) -> Prompt:
     return Prompt(ids, "", (Span("image", 2, tokens, noise, grid, ""),))
 
 
+def drafting(model: Model) -> dict[str, Any]:
+    """What a drafter's step and passes of several tokens take, as timed when the model was loaded, and what drafts gain
+    by these costs at an acceptance (of a draft, those before it accepted): with the best number of them."""
+    assert model.speculator is not None, "a model that was loaded with a drafter"
+    costs = model.speculator.costs
+    found = {"drafter": model.drafting, "draft_s": costs.draft, "pass_s": costs.passes}
+    if not costs.draft:
+        return found
+    gains = {}
+    for acceptance in (0.5, 0.6, 0.7, 0.8, 0.9):
+        by_count = {
+            count: sum(acceptance**i for i in range(count + 1))
+            * costs.passes[0]
+            / (costs.passes[count] + count * costs.draft)
+            for count in range(len(costs.passes))
+        }
+        best = max(by_count, key=by_count.__getitem__)
+        gains[str(acceptance)] = {"drafts": best, "times_plain": by_count[best]}
+    return found | {"gain_by_acceptance": gains}
+
+
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:
     """The figures one asks for first, taken from the measured parts that are there."""
     figures: dict[str, Any] = {}

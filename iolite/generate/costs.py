@@ -6,6 +6,7 @@ how many drafts pay. On top of that every token of context costs something for e
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ def _at(values: Sequence[float], n: int) -> float:
 
 def measure(network: Unified, drafter: Drafter | None, kv_dtype: torch.dtype | None = None) -> Costs:
     """Times passes of 1 to MOST_DRAFTS + 1 tokens, attention over a context, and the drafter's step: about as long as
-    it takes to draw ten tokens, or half a second."""
+    it takes to draw ten tokens, or a fifth of a second."""
     passes, draft = _time_passes(network, drafter, kv_dtype)
     context = _time_context(network, kv_dtype, len(passes))
     if drafter is None:
@@ -97,7 +98,7 @@ def _time_passes(network: Unified, drafter: Drafter | None, kv_dtype: torch.dtyp
             record()
     one_draft()
     # Once more the one that all others are compared with.
-    *passes, draft, again = _least([*work, one_draft, work[0]])
+    *passes, draft, again = _medians([*work, one_draft, work[0]])
     passes[0] = min(passes[0], again)
     # More tokens cannot cost less: where they seem to, it is noise.
     return list(accumulate(passes, max)), draft
@@ -124,7 +125,7 @@ def _time_context(network: Unified, kv_dtype: torch.dtype | None, most: int) -> 
         rows.layout.output(ops.attend(rows.layout.queries(q[:count], weight), keys, None, None))[0, 0, 0].item()
 
     attend(most)
-    seconds = _least([partial(attend, count) for count in range(1, most + 1)])
+    seconds = _medians([partial(attend, count) for count in range(1, most + 1)])
     return [took * len(full) / depth for took in accumulate(seconds, max)]
 
 
@@ -132,13 +133,13 @@ def _full_layers(network: Unified) -> list[int]:
     return [i for i, kind in enumerate(network.config.text.layer_types) if kind == FULL]
 
 
-def _least(work: Sequence[Callable[[], None]]) -> list[float]:
-    """Seconds of each in the best of ten turns, or of as many as fit into half a second."""
+def _medians(work: Sequence[Callable[[], None]]) -> list[float]:
+    """Seconds of each, the median of ten turns, or of as many as fit into a fifth of a second."""
     turns: list[list[float]] = []
     begin = time.perf_counter()
-    while not turns or (len(turns) < 10 and time.perf_counter() - begin < 0.5):
+    while not turns or (len(turns) < 10 and time.perf_counter() - begin < 0.2):
         turns.append([_time(once) for once in work])
-    return [min(times) for times in zip(*turns, strict=True)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def _time(once: Callable[[], None]) -> float:

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from iolite.cache import KVCache
 from iolite.checkpoint.assemble import assemble
+from iolite.checkpoint.drafter_packing import bytes_needed
 from iolite.checkpoint.names import expected_shapes
 from iolite.checkpoint.packing import PackingSource, read_weights
 from iolite.checkpoint.pairing import Pair, find_pair, load_pair
-from iolite.checkpoint.plan import LEAST_CONTEXT, Plan, plan
+from iolite.checkpoint.plan import LEAST_CONTEXT, Part, Plan, plan
 from iolite.checkpoint.source import Source, open_source
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.device import Choice, choose, free_memory
@@ -85,7 +86,7 @@ def load(
 
     drafter guesses tokens ahead, which the model then checks several in a pass; answers stay the same. "auto" takes the
     one that lies with the model or in the Hugging Face cache, a path or an id takes that one, which must fit
-    (UsageError); `model.drafting` says which. With either, tokens are also guessed by copying from the text so far, and
+    (UsageError), None and "none" take none; `model.drafting` says which. With either, tokens are also guessed by copying from the text so far, and
     passes are timed once, to know how many guesses pay: `timings.drafting` of a reply tells how it went.
 
     dtype and device are chosen when not given (`model.choice.reason` says why). context limits prompt and answer
@@ -106,8 +107,11 @@ def load(
     parameters = sum(_product(shape) for shape in expected_shapes(config).values())
     choice = choose(device, dtype, config.dtype, parameters, packed=scheme)
     kv_dtype = _kv_dtype(kv, choice, packed=scheme is not None)
-    pair = find_pair(source, os.fspath(path), drafter) if drafter else None
-    planned = _plan_that_fits(source, scheme, kv, choice, context, isinstance(pair, Pair))
+    pair = find_pair(source, os.fspath(path), drafter) if drafter and drafter != "none" else None
+    beside = None
+    if isinstance(pair, Pair):
+        beside = Part("drafter", "drafter", bytes_needed(pair.source, scheme, choice.dtype.itemsize))
+    planned = _plan_that_fits(source, scheme, kv, choice, context, beside)
     if context is None and planned.context < limit:
         note = f"; a context of {planned.context:,} tokens of {limit:,}, which is what fits in memory"
         choice = replace(choice, reason=choice.reason + note)
@@ -143,7 +147,7 @@ def load(
 
 
 def _plan_that_fits(
-    source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None, drafter: bool
+    source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None, drafter: Part | None
 ) -> Plan:
     """For the context that was asked for, or the longest that there is memory for.
 

@@ -92,7 +92,7 @@ def test_the_drafter_of_the_12b(big):
     shapes = gguf_drafter.drafter_shapes(drafter_config(big), big.text.hidden_size)
     values = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert sizes.drafter_values(big) == values == 422_856_964
-    with_it, without = plan(big, drafter=True), plan(big)
+    with_it, without = plan(big, drafter=plans.Part("drafter", "drafter", 2 * values)), plan(big)
     assert with_it.total_bytes - without.total_bytes == 845_713_928
     assert with_it.weights_bytes == without.weights_bytes
 
@@ -240,7 +240,7 @@ SETTINGS = st.fixed_dictionaries(
         "quantize": st.sampled_from([None, "int4", "int8"]),
         "kv": st.sampled_from(plans.KV),
         "dtype": st.sampled_from([None, "float32", "bfloat16"]),
-        "drafter": st.booleans(),
+        "drafter": st.sampled_from([None, plans.Part("drafter", "drafter", 1_000_000)]),
         "compiled": st.booleans(),
     }
 )
