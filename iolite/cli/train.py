@@ -1,8 +1,9 @@
-"""`iolite train nano`: make the embedded model, from nothing, on this machine."""
+"""`iolite train`: make the embedded model, from nothing, on this machine, or a drafter for any model."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,7 +12,7 @@ from iolite.cli.options import Number
 
 @click.group(no_args_is_help=False)
 def command() -> None:
-    """Train the embedded model from nothing, on data that the recipe makes itself."""
+    """Train the embedded model from nothing, or a drafter for any model."""
 
 
 @command.command()
@@ -98,3 +99,64 @@ def write_checkpoint(run: Path, out: Path, weights: str) -> None:
     averaged = export(run, out, None if weights == "best" else weights == "averaged")
     click.echo(f"wrote the {'averaged' if averaged else 'last'} weights", err=True)
     click.echo(str(out))
+
+
+@command.command(context_settings={"show_default": True})
+@click.option("--target", required=True, metavar="MODEL", help="Model to draft for: a name, folder, id or .gguf file.")
+@click.option(
+    "--data", required=True, metavar="FILE|nano", help="A .jsonl file of dialogues, or the embedded model's recipe."
+)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the run.")
+@click.option("--minutes", type=Number(min=0, min_open=True), help="Time to train for; 25 if neither is given.")
+@click.option("--max-steps", type=click.IntRange(min=0), help="Stop after so many steps; 0: only measure.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--from", "start", metavar="DRAFTER", help="Train this one on: a folder or .gguf file.")
+@click.option("--layers", type=click.IntRange(1, 64), help="Of a new drafter; 4 if not given, the last one full.")
+@click.option("--hidden", type=click.IntRange(8, 1 << 16), help="Its width; about a quarter of the target's.")
+@click.option("--intermediate", type=click.IntRange(8, 1 << 18), help="Its feed-forward width; 8 times --hidden.")
+@click.option("-k", "--drafts", type=click.IntRange(1, 8), default=4, help="Steps of a chain.")
+@click.option("--rows", type=click.IntRange(min=1), help="Dialogues of a step; 48 of the recipe's, 8 of a file's.")
+@click.option("--chains", type=click.IntRange(min=1), default=256, help="Most chains of a step; memory grows with it.")
+@click.option(
+    "--labels",
+    type=click.Choice(["soft", "hard"]),
+    default="soft",
+    help="Learn the target's distribution, or its likeliest token.",
+)
+@click.option(
+    "--answers",
+    type=click.Choice(["data", "target"]),
+    default="data",
+    help="Learn a file's answers, or what the target says instead.",
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, help="Of an answer that the target gives.")
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=1),
+    help="Dialogues to measure with: 256 of each task, or a tenth of a file, 64 at most.",
+)
+@click.option(
+    "--store", type=click.Path(path_type=Path, file_okay=False), help="Of the recipe; by default OUT/store, and made."
+)
+@click.option("--learning-rate", type=Number(min=0, min_open=True), help="At its peak; by default for the width.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights, dialogues and chains.")
+@click.option("--evaluate-every", type=Number(min=0), default=180.0, help="Seconds between evaluations.")
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="CPU threads to compute with.")
+@click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:N or mps; by default the fastest there is.")
+@click.option("--dtype", help="Of the target: float32, bfloat16 or float16; by default what suits it.")
+@click.option("--quantize", type=click.Choice(["int4", "int8"]), help="Pack the target's float weights.")
+def drafter(**settings: Any) -> None:
+    """Train a drafter for TARGET, which stays as it is, and write it to OUT/drafter.
+
+    Every line of FILE is {"messages": [...]}, in the shapes that `iolite.load(…).chat` takes; paths of pictures and
+    sound begin at the file's folder. The assistant's turns are what is learnt; where the last turn is the user's, the
+    target answers. OUT/log.jsonl shows how it goes, OUT/evaluation.json how many tokens a pass of the target brings.
+    """
+    from iolite.cli.options import load_model
+    from iolite.train.drafter_run import Plan, run
+
+    plan = Plan(**{name: settings.pop(name) for name in Plan.__dataclass_fields__})
+    plan.check()
+    model = load_model(settings.pop("target"), drafter="none", **settings)
+    run(plan, model, lambda line: click.echo(line, err=True))
+    click.echo(str(plan.out / "drafter"))
