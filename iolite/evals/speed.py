@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from iolite.cache import KVCache
 from iolite.config import TextConfig
 from iolite.evals.machine import disk_bytes, memory
+from iolite.generate import sampling
 from iolite.generate.loop import Decoding
 from iolite.generate.model import Model
 from iolite.generate.sampling import SamplingParams
@@ -108,7 +109,7 @@ class Subject:
         with torch.inference_mode():
             for hidden in prefill(self.network, prompt, cache):
                 last = hidden[-1:]
-            self.network.logits(last).argmax(-1).tolist()
+            sampling.likeliest(self.network.logits(last))
         return time.perf_counter() - begin
 
     def step(self, depth: int, tokens: int = 1, times: int = 1) -> float:
@@ -143,8 +144,7 @@ class Subject:
 def likeliest(network: Unified, ids: Tensor, cache: KVCache) -> list[int]:
     """One pass over ids [n], which continue the cache: the likeliest token after each."""
     batch = RaggedBatch(network.config.text, [Segment(cache, len(ids))], Media(), ids.device)
-    chosen: list[int] = network.logits(network(ids, batch)).argmax(-1).tolist()  # a list: it waits for the device
-    return chosen
+    return sampling.likeliest(network.logits(network(ids, batch)))  # a list: it waits for the device
 
 
 def new_cache(model: Model, room: int) -> KVCache:

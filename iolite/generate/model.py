@@ -86,8 +86,9 @@ def load(
 
     drafter guesses tokens ahead, which the model then checks several in a pass; answers stay the same. "auto" takes the
     one that lies with the model or in the Hugging Face cache, a path or an id takes that one, which must fit
-    (UsageError), None and "none" take none; `model.drafting` says which. With either, tokens are also guessed by copying from the text so far, and
-    passes are timed once, to know how many guesses pay: `timings.drafting` of a reply tells how it went.
+    (UsageError), None and "none" take none; `model.drafting` says which. With a drafter or "auto" tokens are also
+    guessed by copying from the text so far, and passes are timed once, to know how many guesses pay: `timings.drafting`
+    of a reply tells how it went.
 
     dtype and device are chosen when not given (`model.choice.reason` says why). context limits prompt and answer
     together; by default it is all that the model was made for, or as much of it as fits into the memory that is free

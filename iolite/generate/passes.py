@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,8 @@ class Passes:
 
 def check_numbers(logits: Tensor) -> None:
     """Raises CheckpointError when a score is not a number."""
-    if logits.isnan().any():
+    # On a CPU by NumPy, on one thread: torch's would wait for the cores on which the kernels' threads spin.
+    if np.isnan(logits.numpy()).any() if logits.is_cpu else logits.isnan().any():
         raise CheckpointError(
             "the model computed values that are not numbers (NaN)",
             "its weights are damaged, or the number format is too narrow for it: try float32 or bfloat16",

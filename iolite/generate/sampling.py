@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,15 +203,26 @@ def make_filters(params: SamplingParams) -> list[Filter]:
     return found
 
 
+def likeliest(logits: Tensor) -> list[int]:
+    """The token with the largest score of each row [n, vocab].
+
+    On a CPU by NumPy, on one thread: torch's would wait for the cores on which the kernels' threads spin.
+    """
+    found: list[int] = (logits.numpy().argmax(-1) if logits.is_cpu else logits.argmax(-1)).tolist()
+    return found
+
+
 def draw(logits: Tensor, generator: torch.Generator) -> int:
     """One token from softmax(logits), by the inverse of the cumulative distribution in float64.
 
     The uniform number comes from the CPU, so a seed means the same on every device. It is below 1 by at least 2^-53,
     so its product with the total stays below the total, and a token of probability zero is never the first to pass it.
     """
-    cumulative = logits.cpu().double().softmax(-1).cumsum(-1)
-    target = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
-    return int(torch.searchsorted(cumulative, target, right=True))
+    scores = logits.cpu().numpy()
+    alive = np.flatnonzero(scores > -np.inf)  # after top-k they are few
+    cumulative = np.exp(scores[alive].astype(np.float64) - scores[alive].max()).cumsum()
+    target = float(torch.rand((), dtype=torch.float64, generator=generator)) * cumulative[-1]
+    return int(alive[np.searchsorted(cumulative, target, side="right")])
 
 
 class Sampler:
@@ -239,5 +251,5 @@ class Sampler:
         """ids is the whole sequence so far, prompt included; logits [vocab] are the model's for the next token."""
         shaped = self.logits(ids, logits)
         if self.params.temperature == 0:
-            return int(shaped.argmax())
+            return likeliest(shaped[None])[0]
         return draw(shaped, self.generator)

@@ -28,7 +28,7 @@ from iolite.checkpoint.synthetic import drafter_config
 from iolite.config import ModelConfig
 from iolite.kernels import ops
 from iolite.model.batch import Media, RaggedBatch, Segment
-from iolite.model.drafter import CachedView, Drafter, drafts
+from iolite.model.drafter import CachedView, Drafter, drafts, likeliest
 from iolite.model.prefill import prefill
 from iolite.model.unified import Unified
 
@@ -229,3 +229,12 @@ def test_transformers_still_needs_mending() -> None:
     with reading_only():
         assert config.kv_sharing_modes == ["reuse"] * 4
     assert set(Gemma4UnifiedTextConfig(num_hidden_layers=6).kv_sharing_modes) == {None}
+
+
+def test_the_likeliest_token_and_its_probability() -> None:
+    scores = 5 * torch.randn(7, 1000, generator=torch.Generator().manual_seed(0))
+    tokens, probabilities = likeliest(scores)
+    expected = scores.double().softmax(-1).max(-1)
+    assert torch.equal(tokens, expected.indices)
+    # A float32 sum of 1,000 numbers, each off by a few units in the last place.
+    torch.testing.assert_close(probabilities.double(), expected.values, rtol=1e-5, atol=0)
