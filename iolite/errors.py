@@ -7,7 +7,8 @@
     ├── CheckpointError        model files: missing, truncated, contradictory or unsupported
     │   └── ConfigError        a config.json whose values we cannot honour
     ├── DownloadError          a model that is neither here nor to be fetched
-    └── ContextError           a prompt longer than the model's (or the plan's) context
+    ├── ContextError           a prompt longer than the model's (or the plan's) context
+    └── BusyError              an engine that takes no more requests now; `retry_after` says when it may
 
 A command prints `error: MESSAGE`, then `hint: HINT`, and exits with 2. Anything else that is raised is our bug.
 """
@@ -49,3 +50,12 @@ class DownloadError(IoliteError):
 
 class ContextError(IoliteError):
     """A prompt longer than the context."""
+
+
+class BusyError(IoliteError):
+    """An engine that has as many requests as it takes, or is being closed."""
+
+    def __init__(self, message: str, hint: str | None = None, *, retry_after: float = 1.0) -> None:
+        """retry_after: seconds after which it may be worth asking again."""
+        super().__init__(message, hint)
+        self.retry_after = retry_after

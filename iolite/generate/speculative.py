@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from iolite.generate.acceptance import Acceptance, Known, sureness
 from iolite.generate.continuation import Continuation
@@ -71,11 +72,21 @@ class Speculator:
         for sequence, proposal, h, scores in zip(
             sequences, proposals, hidden.split(counts), logits.split(counts), strict=True
         ):
-            drawn = sequence.take(proposal.tokens, h, scores)
-            accepted = self._learn(proposal, drawn)
-            sequence.drafting.add(len(proposal.tokens), accepted, len(drawn), done - begin, plain)
-            found.append(drawn)
+            found.append(self.take(sequence, proposal, h, scores, done - begin, plain))
         return found
+
+    def take(
+        self, sequence: Continuation, proposal: Proposal, hidden: Tensor, logits: Tensor, seconds: float, plain: float
+    ) -> list[int]:
+        """What is drawn after a pass over a sequence's newest token and its drafts, and learns how these fared.
+
+        seconds: of drafts and pass; plain: what a pass without drafts takes. Both 0 where the pass was also for
+        something else.
+        """
+        drawn = sequence.take(proposal.tokens, hidden, logits)
+        accepted = self.learn(proposal, drawn)
+        sequence.drafting.add(len(proposal.tokens), accepted, len(drawn), seconds, plain)
+        return drawn
 
     @torch.inference_mode()
     def propose(self, sequences: Sequence[Continuation]) -> list[Proposal]:
@@ -104,7 +115,7 @@ class Speculator:
         hidden = torch.stack([sequence.hidden for sequence in sequences if sequence.hidden is not None])
         return Chains(self.drafter, self.network, tokens, hidden, [sequence.cache for sequence in sequences])
 
-    def _learn(self, proposal: Proposal, drawn: Sequence[int]) -> int:
+    def learn(self, proposal: Proposal, drawn: Sequence[int]) -> int:
         """How many drafts were accepted, after taking it into account."""
         accepted = 0
         for token, known, real in zip(proposal.tokens, proposal.known, drawn, strict=False):

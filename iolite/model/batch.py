@@ -120,6 +120,20 @@ class RaggedBatch:
         plain = len(segments) == 1 and segments[0].blocks is None
         self.sequence = segments[0].cache if plain else None
 
+    @classmethod
+    def from_parts(
+        cls, config: TextConfig, caches: Sequence[KVCache], parts: Sequence[Prompt], device: torch.device
+    ) -> RaggedBatch:
+        """parts[i], with the media among its tokens, continues caches[i]."""
+        segments, placed, offset = [], [], 0
+        for cache, part in zip(caches, parts, strict=True):
+            blocks = part.blocks() if part.spans else np.zeros(0)
+            two_way = torch.from_numpy(blocks).to(device) if blocks.any() else None
+            segments.append(Segment(cache, len(part.ids), two_way))
+            placed += [(offset, span) for span in part.spans]
+            offset += len(part.ids)
+        return cls(config, segments, gather_media(placed, device), device)
+
     def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
         window = None if self.config.is_full(layer) else self.config.sliding_window
 

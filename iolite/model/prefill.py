@@ -6,30 +6,40 @@ must be in one pass. A picture longer than the chunk makes its chunk longer. Sou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from iolite.cache import KVCache
-from iolite.model.batch import RaggedBatch, Segment, gather_media
+from iolite.model.batch import RaggedBatch
 from iolite.model.unified import Unified
 from iolite.prompt import Prompt, Span
 
 DEFAULT_CHUNK = 512
 
 
-def chunks(length: int, spans: tuple[Span, ...], size: int) -> Iterator[tuple[int, int]]:
+def chunks(length: int, spans: Sequence[Span], size: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """(start, stop) of each chunk of about size tokens; none ends inside a picture or a frame."""
-    start = 0
     while start < length:
-        stop = min(start + size, length)
-        for span in spans:
-            if span.kind != "audio" and span.start < stop < span.stop:
-                stop = span.start if span.start > start else span.stop
+        stop = chunk_end(start, length, spans, size)
         yield start, stop
         start = stop
+
+
+def chunk_end(start: int, length: int, spans: Sequence[Span], size: int) -> int:
+    """Where the chunk of about size tokens that begins at start ends."""
+    stop = min(start + size, length)
+    for span in spans:
+        if span.kind != "audio" and span.start < stop < span.stop:
+            stop = span.start if span.start > start else span.stop
+    return stop
+
+
+def part_of(prompt: Prompt, start: int, stop: int) -> Prompt:
+    """Tokens start..stop of a prompt and the media among them, counted from start."""
+    spans = tuple(_cut(span, start, stop) for span in prompt.spans if span.start < stop and span.stop > start)
+    return Prompt(prompt.ids[start:stop], "", spans)
 
 
 @torch.inference_mode()
@@ -46,26 +56,17 @@ def prefill(
     progress(done, total) is called after each chunk. The cache must end outside pictures.
     """
     device = model.language_model.embed_tokens.weight.device
-    blocks = prompt.blocks()
-    ids = np.asarray(prompt.ids, np.int64)
-    done = cache.length
-    spans = tuple(s for s in prompt.spans if s.stop > done)
-    rest = tuple(_cut(s, done, len(ids), done) for s in spans)
-    for start, stop in [(a + done, b + done) for a, b in chunks(len(ids) - done, rest, chunk_size)]:
-        inside = [(0, _cut(s, start, stop, start)) for s in spans if s.start < stop and s.stop > start]
-        own = blocks[start:stop]
-        two_way = torch.from_numpy(own).to(device) if own.any() else None
-        batch = RaggedBatch(
-            model.config.text, [Segment(cache, stop - start, two_way)], gather_media(inside, device), device
-        )
-        yield model(torch.from_numpy(ids[start:stop]).to(device), batch)
+    for start, stop in chunks(len(prompt.ids), prompt.spans, chunk_size, cache.length):
+        part = part_of(prompt, start, stop)
+        batch = RaggedBatch.from_parts(model.config.text, [cache], [part], device)
+        yield model(torch.tensor(part.ids, device=device), batch)
         if progress:
-            progress(stop, len(ids))
+            progress(stop, len(prompt.ids))
 
 
-def _cut(span: Span, start: int, stop: int, origin: int) -> Span:
-    """The part of a span inside [start, stop), counted from origin."""
+def _cut(span: Span, start: int, stop: int) -> Span:
+    """The part of a span inside [start, stop), counted from start."""
     a, b = max(span.start, start), min(span.stop, stop)
     rows = slice(a - span.start, b - span.start)
     positions = None if span.positions is None else span.positions[rows]
-    return Span(span.kind, a - origin, b - a, span.array[rows], positions, span.digest)
+    return Span(span.kind, a - start, b - a, span.array[rows], positions, span.digest)

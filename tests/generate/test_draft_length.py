@@ -58,7 +58,7 @@ def run(coin: Coin, rounds: int, drafts: int | None = None) -> tuple[float, floa
         before = coin.steps
         (proposal,) = coin.propose([one])
         accepted = next((i for i, token in enumerate(proposal.tokens) if token != 1), len(proposal.tokens))
-        coin._learn(proposal, [1] * (accepted + 1))
+        coin.learn(proposal, [1] * (accepted + 1))
         tokens += 1 + accepted
         seconds += TWO_CORES[len(proposal.tokens)] + STEP * (coin.steps - before)
     return tokens / rounds, seconds / rounds
@@ -102,7 +102,7 @@ def test_a_drafter_that_knows_when_it_is_right_is_stopped_early():
     for i in range(1000):
         coin.chance = coin.says = float(i % 2)
         (proposal,) = coin.propose([sequence()])
-        coin._learn(proposal, [1] * 9)
+        coin.learn(proposal, [1] * 9)
         proposed, right = proposed + len(proposal.tokens), right + sum(proposal.tokens)
     assert right > 0.9 * proposed > 0
 
@@ -132,7 +132,7 @@ def test_few_drafts_where_context_makes_every_token_dear():
         for _ in range(300):
             (proposal,) = coin.propose([sequence(length=length)])
             accepted = next((i for i, token in enumerate(proposal.tokens) if token != 1), len(proposal.tokens))
-            coin._learn(proposal, [1] * (accepted + 1))
+            coin.learn(proposal, [1] * (accepted + 1))
             lengths.append(len(proposal.tokens))
         counts.append(sum(lengths[100:]))
     assert counts[1] < counts[0] / 2
