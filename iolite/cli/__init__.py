@@ -24,6 +24,7 @@ from iolite.errors import IoliteError
 COMMANDS = {
     "run": "Ask once, with text, pictures, sound or video, and print the answer",
     "chat": "Talk in the terminal, turn by turn",
+    "serve": "Serve a model to other programs: the interfaces of OpenAI, Anthropic and Ollama",
     "transcribe": "Write down what is said in a sound or video file",
     "train": "Train the embedded model anew",
     "eval": "Measure a model on tasks",

@@ -51,6 +51,11 @@ class ReplyStream:
             raise UsageError("the answer is not complete yet", "read the stream to its end, or close() it")
         return self._reply
 
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls that have come to their end so far; each is here when its `ToolCallEnd` comes."""
+        return tuple(self._calls)
+
     def run(self) -> Reply:
         """Reads to the end."""
         for _ in self._events:

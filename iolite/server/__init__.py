@@ -1,0 +1,1 @@
+"""A model as a local service: the interfaces that clients speak, over one model."""

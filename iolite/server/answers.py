@@ -1,0 +1,288 @@
+"""Between the interfaces and the model: requests in, events out, and never a wait on the event loop.
+
+A request's prompt is made on one of few threads (template, tokenizer, media), its answer drawn elsewhere and read on a
+thread of its own, which hands every event to the event loop. All that is open at once is bounded; what would be more
+is refused before any of its media is looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+
+from iolite.errors import BusyError, UsageError
+from iolite.generate.model import Model
+from iolite.generate.reply import Reply, ToolCall
+from iolite.generate.sampling import SamplingParams
+from iolite.generate.stream import ReplyStream
+from iolite.prompt import Prompt
+from iolite.server.errors import StoppingError
+from iolite.server.metrics import Meters
+from iolite.server.plain import PlainStream
+from iolite.server.settings import Settings
+from iolite.server.sources import check_sources, guarded
+from iolite.server.turns import Engine, Running
+from iolite.text.stream import ContentDelta, Event, ReasoningDelta, ToolCallEnd
+
+T = TypeVar("T")
+Item = ContentDelta | ReasoningDelta | ToolCall | Reply
+"""Of one answer: text, thoughts, whole calls that may be run, and last the reply."""
+
+PREPARING = 2  # threads that make prompts
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What every interface's request comes down to. text: go on with it as it stands, instead of with messages.
+
+    sampling: settings as `Model.sampling` takes them, None for what was not given. schema, grammar and tool_choice as
+    `Model.chat` takes them.
+    """
+
+    messages: Sequence[Mapping[str, Any]] = ()
+    text: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: Any = None
+    schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
+    thinking: bool = False
+    preserve_thinking: bool = False
+    image_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    choices: int = 1
+
+
+class Stream(Protocol):
+    """What `ReplyStream` and `PlainStream` have in common."""
+
+    @property
+    def reply(self) -> Reply: ...
+    def __iter__(self) -> Any: ...
+
+
+class Answers:
+    """Starts answers, and knows those that are open."""
+
+    def __init__(self, model: Model, settings: Settings, meters: Meters) -> None:
+        self.model, self.settings, self.meters = guarded(model, settings), settings, meters
+        self._engine = Engine(self.model, slots=settings.slots, waiting=settings.waiting)
+        self._most = settings.slots + settings.waiting
+        self._preparing = ThreadPoolExecutor(PREPARING, "prompt")
+        self._reading = ThreadPoolExecutor(self._most, "answer")
+        self._open: set[Answer] = set()
+        self._places = 0  # taken by answers that are open or on their way
+        self.stopping = False
+        self._hurried = False
+
+    async def start(self, ask: Ask) -> Answer:
+        """Begins to answer. Every mistake in the request is raised here, BusyError when there is no room."""
+        if self.stopping:
+            raise StoppingError("the server is about to stop")
+        if self._places + ask.choices > self._most:
+            raise BusyError(f"all {self._most} places are taken", "ask again a little later", retry_after=5.0)
+        self._places += ask.choices
+        self.meters.open.set(self._places)
+        loop = asyncio.get_running_loop()
+        begun = loop.run_in_executor(self._preparing, self._begin, ask, loop)
+        try:
+            answer = await asyncio.shield(begun)
+        except BaseException:
+            begun.add_done_callback(_abandon)
+            self.leave(ask.choices)
+            raise
+        self._open.add(answer)
+        return answer
+
+    async def prepared(self, work: Callable[[], T]) -> T:
+        """Does some work on one of the threads that make prompts."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+    def leave(self, places: int, answer: Answer | None = None) -> None:
+        if answer:
+            self._open.discard(answer)
+        self._places -= places
+        self.meters.open.set(self._places)
+
+    def _begin(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> Answer:
+        """On a thread: the prompt, and its answers on their way."""
+        begin = time.perf_counter()
+        constrained(ask)
+        prompt, params = self._prompt(ask), self.sampling(ask)
+        seconds, runnings = time.perf_counter() - begin, list[Running]()
+        try:
+            for choice in range(ask.choices):
+                seed = None if params.seed is None else (params.seed + choice) % 2**64
+                runnings.append(self._engine.submit(prompt, replace(params, seed=seed)))
+        except BaseException:
+            for running in runnings:
+                running.cancel()
+            raise
+        answer = Answer(self, loop, runnings)
+        for choice, running in enumerate(runnings):
+            self._reading.submit(answer.read, choice, self._stream(ask, running, seconds))
+        return answer
+
+    def _prompt(self, ask: Ask) -> Prompt:
+        if ask.text is not None:
+            bos = self.model.tokenizer.id_to_token(self.model.config.text.bos_token_id) or ""
+            text = ask.text if ask.text.startswith(bos) else bos + ask.text
+            return Prompt(self.model.tokenizer.encode(text), text)
+        check_sources(ask.messages, self.settings)
+        return self.model.prompt(ask.messages, ask.tools, ask.thinking, ask.preserve_thinking, ask.image_tokens)
+
+    def sampling(self, ask: Ask) -> SamplingParams:
+        asked = {"max_tokens": self.settings.max_tokens} | {k: v for k, v in ask.sampling.items() if v is not None}
+        return self.model.sampling(**asked)
+
+    def _stream(self, ask: Ask, running: Running, seconds: float) -> Stream:
+        if ask.text is not None:
+            return PlainStream(running, self.model.tokenizer, seconds)
+        return ReplyStream(running, self.model.tokenizer, ask.tools, prepare_seconds=seconds)
+
+    async def drain(self) -> None:
+        """Takes nothing new, lets what is open end for as long as the settings say, and then ends it."""
+        self.stopping = True
+        deadline = time.monotonic() + self.settings.grace
+        while self._open and not self._hurried and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for answer in list(self._open):
+            answer.fail(StoppingError("the server was stopped before the answer was complete"))
+
+    def hurry(self) -> None:
+        """From now on nothing is waited for."""
+        self._hurried = True
+
+    def close(self) -> None:
+        for answer in list(self._open):
+            answer.close()
+        self._engine.close()
+        self._preparing.shutdown(cancel_futures=True)
+        self._reading.shutdown(cancel_futures=True)
+
+
+class Answer:
+    """The answers to one request as they come: `async for choice, item in answer`, ended by one Reply for each.
+
+    item None: nothing has come for a while. Whoever has started it must close it.
+    """
+
+    def __init__(self, answers: Answers, loop: asyncio.AbstractEventLoop, runnings: Sequence[Running]) -> None:
+        self._answers, self._loop, self._runnings = answers, loop, runnings
+        self._items: asyncio.Queue[tuple[int, Item | BaseException]] = asyncio.Queue()
+        self._closed = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self._runnings[0].prompt.ids)
+
+    def read(self, choice: int, stream: Stream) -> None:
+        """On a thread of its own: every event of one answer."""
+        try:
+            for event in stream:
+                item = _item(event, stream)
+                if item is not None:
+                    self._put(choice, item)
+            self._put(choice, stream.reply)
+        except BaseException as error:
+            self._put(choice, error)
+        finally:
+            self._runnings[choice].cancel()
+
+    def _put(self, choice: int, item: Item | BaseException) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens
+            self._loop.call_soon_threadsafe(self._items.put_nowait, (choice, item))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Item | None]]:
+        left = len(self._runnings)
+        while left:
+            try:
+                choice, item = await asyncio.wait_for(self._items.get(), self._answers.settings.ping)
+            except TimeoutError:
+                yield 0, None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, Reply):
+                left -= 1
+                self._answers.meters.count(item)
+            yield choice, item
+
+    async def replies(self, request: Request) -> list[Reply]:
+        """All of them, complete, in order. Ends the answers when the client goes away."""
+        found = dict[int, Reply]()
+
+        async def collect() -> None:
+            async for choice, item in self:
+                if isinstance(item, Reply):
+                    found[choice] = item
+
+        try:
+            await until_gone(request, collect())
+        finally:
+            self.close()
+        return [found[choice] for choice in sorted(found)]
+
+    def fail(self, error: Exception) -> None:
+        """Ends the answers with an error."""
+        self._items.put_nowait((0, error))
+
+    def close(self) -> None:
+        """Ends what has not ended yet. May be called again."""
+        if not self._closed:
+            self._closed = True
+            self.cancel()
+            self._answers.leave(len(self._runnings), self)
+
+    def cancel(self) -> None:
+        for running in self._runnings:
+            running.cancel()
+
+
+def constrained(ask: Ask) -> None:
+    """UsageError for what constrains an answer."""
+    if ask.schema is not None or ask.grammar is not None or ask.tool_choice not in (None, "auto"):
+        raise UsageError("answers cannot be constrained in this version", "leave the schema or tool_choice out")
+
+
+def _item(event: Event, stream: Stream) -> Item | None:
+    """What clients see of an event: a call when it is complete, so that none is begun which must not be run."""
+    if isinstance(event, ToolCallEnd):
+        assert isinstance(stream, ReplyStream)
+        return stream.tool_calls[-1] if event.complete and event.error is None else None
+    return event if isinstance(event, ContentDelta | ReasoningDelta) else None
+
+
+def _abandon(begun: asyncio.Future[Answer]) -> None:
+    """Ends answers that were begun for somebody who has left meanwhile."""
+    if not begun.cancelled() and not begun.exception():
+        begun.result().cancel()
+
+
+async def until_gone(request: Request, work: Any) -> None:
+    """Awaits work, and breaks it off when the client hangs up."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientGone
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""

@@ -1,0 +1,76 @@
+"""The application: guards around, routes inside."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from iolite import __version__
+from iolite.errors import IoliteError
+from iolite.generate.model import Model
+from iolite.server import about, openai
+from iolite.server.answers import Answers, ClientGone
+from iolite.server.bodies import Bodies
+from iolite.server.errors import handle
+from iolite.server.metrics import Counting, Meters
+from iolite.server.security import Guard
+from iolite.server.service import Service
+from iolite.server.settings import Settings
+
+ROUTERS = (openai.router, about.router)
+
+
+def make_app(model: Model, settings: Settings, name: str | None = None, port: int | None = None) -> FastAPI:
+    """The application that serves a model. name: what it is called in answers, by default what it was loaded as.
+    port: that is listened on, where the settings leave it open."""
+    meters = Meters()
+    answers = Answers(model, settings, meters)
+    service = Service(answers.model, settings, answers, meters, name or Path(model.name).name or model.name)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        answers.close()
+
+    app = FastAPI(
+        title="iolite",
+        version=__version__,
+        summary=f"{service.name}, served by iolite",
+        lifespan=lifespan,
+        docs_url=None,  # its page would load scripts from elsewhere; ours is plain HTML
+        redoc_url=None,
+        middleware=[
+            Middleware(Counting, meters=meters),
+            Middleware(Guard, settings=settings, port=port or settings.port),
+            *_cors(settings),
+            Middleware(Bodies, settings=settings),
+        ],
+    )
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    for error in (IoliteError, HTTPException, RequestValidationError, RecursionError, Exception):
+        app.add_exception_handler(error, handle)
+    app.add_exception_handler(ClientGone, _nobody)
+    return app
+
+
+def _cors(settings: Settings) -> list[Middleware]:
+    """Answers to browsers' questions, for the origins that were named and no others."""
+    if not settings.origins:
+        return []
+    named = list(settings.origins)
+    return [Middleware(CORSMiddleware, allow_origins=named, allow_methods=["GET", "POST"], allow_headers=["*"])]
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """To a client that has gone; the status is nginx's for it."""
+    return Response(status_code=499)

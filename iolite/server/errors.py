@@ -1,0 +1,100 @@
+"""What is wrong with a request, said in the shape of the interface that it was made in.
+
+An error of iolite's says what is wrong and what to do; anything else is our bug, of which the client learns nothing and
+stderr all.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from iolite.errors import BusyError, ContextError, IoliteError, MediaError, MessageError, UsageError
+from iolite.server.wire import json_response
+
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_OPENAI = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What went wrong: an HTTP status, one or two sentences, and OpenAI's code for it where it has one."""
+
+    status: int
+    message: str
+    code: str | None = None
+    retry_after: float | None = None  # seconds
+
+
+class StoppingError(IoliteError):
+    """The server is about to stop, and takes or finishes nothing more."""
+
+
+def problem_of(error: BaseException) -> Problem:
+    """The problem behind an exception; of one that is no error of iolite's it tells nothing, and stderr the rest."""
+    if isinstance(error, IoliteError):
+        message = f"{error}; {error.hint}" if error.hint else str(error)
+        if isinstance(error, BusyError):
+            return Problem(429, message, "rate_limit_exceeded", error.retry_after)
+        if isinstance(error, StoppingError):
+            return Problem(503, message, "unavailable", 5.0)
+        if isinstance(error, ContextError):
+            return Problem(400, message, "context_length_exceeded")
+        if isinstance(error, MessageError | UsageError | MediaError):
+            return Problem(400, message, "invalid_value")
+        return Problem(500, message, "model_error")
+    if isinstance(error, HTTPException):
+        return Problem(error.status_code, str(error.detail))
+    if isinstance(error, RequestValidationError):
+        return Problem(400, _first(error), "invalid_value")
+    if isinstance(error, RecursionError):
+        return Problem(400, "the request is nested too deeply", "invalid_value")
+    traceback.print_exception(error)
+    return Problem(500, "an error inside the server; its log on stderr has more", "internal_error")
+
+
+def _first(error: RequestValidationError) -> str:
+    """The first complaint about a request, without the value that it is about."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+def body_of(path: str, problem: Problem) -> dict[str, Any]:
+    """The error object of the interface that the path belongs to."""
+    if path.startswith("/api/"):
+        return {"error": problem.message}
+    if path.startswith("/v1/messages"):
+        kind = _ANTHROPIC.get(problem.status, "api_error" if problem.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": problem.message}}
+    kind = _OPENAI.get(problem.status, "server_error" if problem.status >= 500 else "invalid_request_error")
+    return {"error": {"message": problem.message, "type": kind, "param": None, "code": problem.code}}
+
+
+def response_of(path: str, problem: Problem) -> Response:
+    """The answer that tells of a problem."""
+    headers = {}
+    if problem.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(problem.retry_after)))
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(body_of(path, problem), problem.status, headers)
+
+
+async def handle(request: Request, error: Exception) -> Response:
+    """FastAPI's handler of every exception."""
+    return response_of(request.url.path, problem_of(error))

@@ -1,0 +1,77 @@
+"""A server from its first to its last connection."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from iolite.errors import UsageError
+from iolite.generate.model import Model
+from iolite.server.app import make_app
+from iolite.server.settings import Settings
+
+MOST_CONNECTIONS = 1000  # beyond it connections are answered with 503
+
+
+class Listener(uvicorn.Server):
+    """uvicorn's, which lets answers end before it goes. `url` is there from the start."""
+
+    def __init__(self, model: Model, settings: Settings, name: str | None = None) -> None:
+        """Raises UsageError when the address cannot be had."""
+        self.socket = _bind(settings)
+        port = self.socket.getsockname()[1]
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        self.url = f"http://{host}:{port}"
+        self.app = make_app(model, settings, name, port)
+        super().__init__(
+            uvicorn.Config(
+                self.app,
+                log_level="critical",  # errors are told by iolite/server/errors.py; addresses may hold a key
+                access_log=False,
+                server_header=False,
+                limit_concurrency=MOST_CONNECTIONS,
+                timeout_graceful_shutdown=1,  # after the answers' own time
+                ws_max_size=2**20,
+            )
+        )
+
+    def run_here(self, ready: Callable[[], None] | None = None) -> None:
+        """Serves until a signal or `should_exit` says to stop. ready is called when connections are taken."""
+        self._ready = ready
+        self.run([self.socket])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._ready:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listening in self.servers:
+            listening.close()
+        await self.app.state.service.answers.drain()
+        await asyncio.sleep(0.05)  # for the last words of those that were ended
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets answers end, the second does not."""
+        if self.should_exit:
+            self.force_exit = True
+            self.app.state.service.answers.hurry()
+        self.should_exit = True
+
+
+def _bind(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((settings.host, settings.port))
+    except OSError as error:
+        listening.close()
+        taken = f"{settings.host}:{settings.port} cannot be listened on: {error.strerror or error}"
+        raise UsageError(taken, "give another --port, or 0 for any that is free") from None
+    return listening

@@ -1,0 +1,184 @@
+"""OpenAI's `/v1/chat/completions` and `/v1/completions`.
+
+Beyond OpenAI's fields an answer has `reasoning_content` (and the same as `reasoning`), `timings` under llama-server's
+names, and in a choice that is not what it seems a `notice` of one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from iolite.errors import UsageError
+from iolite.generate.reply import Reply, Timings, ToolCall
+from iolite.server.answers import Answer, Ask, Item
+from iolite.server.errors import body_of
+from iolite.server.fields import headers_for, ignored
+from iolite.server.openai_fields import ChatRequest, SamplingFields
+from iolite.server.service import Service, service_of
+from iolite.server.streaming import Streamed
+from iolite.server.wire import PING, event, json_response
+from iolite.text.stream import ContentDelta, ReasoningDelta
+
+router = APIRouter(tags=["OpenAI"])
+DONE = "data: [DONE]\n\n"
+CHAT = "/v1/chat/completions"
+
+
+@router.post(CHAT, summary="Answer a conversation")
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    service = service_of(request)
+    headers = headers_for(ignored(body))
+    answer = await service.answers.start(body.ask(service.model, service.settings))
+    if body.stream:
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        pieces = _chat_chunks(answer, service, body.n or 1, usage)
+        return Streamed(answer, pieces, lambda problem: event(body_of(CHAT, problem)), headers=headers)
+    replies = await answer.replies(request)
+    choices = [_choice(number, reply) for number, reply in enumerate(replies)]
+    return json_response(_frame(service, "chat.completion", choices) | _costs(replies), headers=headers)
+
+
+def _choice(number: int, reply: Reply) -> dict[str, Any]:
+    calls = [call for call in reply.tool_calls if call.error is None]
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text or (None if calls else "")}
+    if reply.reasoning:
+        message |= {"reasoning_content": reply.reasoning, "reasoning": reply.reasoning}
+    if calls:
+        message["tool_calls"] = [_call(call) for call in calls]
+    choice = {"index": number, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}
+    return choice | ({"notice": reply.notice} if reply.notice else {})
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _frame(service: Service, kind: str, choices: list[dict[str, Any]], prefix: str = "chatcmpl") -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.name,
+        "choices": choices,
+    }
+
+
+def _costs(replies: list[Reply]) -> dict[str, Any]:
+    """Usage and timings of one or more answers to the same prompt."""
+    first = replies[0]
+    drawn = sum(reply.usage.completion_tokens for reply in replies)
+    usage = {
+        "prompt_tokens": first.usage.prompt_tokens,
+        "completion_tokens": drawn,
+        "total_tokens": first.usage.prompt_tokens + drawn,
+        "prompt_tokens_details": {"cached_tokens": first.usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(reply.usage.reasoning_tokens for reply in replies)},
+    }
+    return {"usage": usage, "timings": timings(first.timings)}
+
+
+def timings(taken: Timings) -> dict[str, Any]:
+    """Under the names that llama-server gives them; milliseconds, and tokens per second."""
+    found: dict[str, Any] = {
+        "cache_n": taken.cached_tokens,
+        "prompt_n": taken.prefilled_tokens,
+        "prompt_ms": 1000 * taken.prefill_seconds,
+        "prompt_per_second": taken.prompt_tokens_per_second,
+        "predicted_n": taken.completion_tokens,
+        "predicted_ms": 1000 * taken.decode_seconds,
+        "predicted_per_second": taken.tokens_per_second,
+    }
+    if taken.drafting:
+        found |= {"draft_n": taken.drafting.drafted, "draft_n_accepted": taken.drafting.accepted}
+    return found
+
+
+async def _chat_chunks(answer: Answer, service: Service, count: int, usage: bool) -> AsyncIterator[str]:
+    frame = _frame(service, "chat.completion.chunk", [])
+    replies, calls = dict[int, Reply](), [0] * count
+    for choice in range(count):
+        yield event(frame | {"choices": [_delta(choice, {"role": "assistant", "content": ""})]})
+    async for choice, item in answer:
+        if item is None:
+            yield PING
+        elif isinstance(item, Reply):
+            replies[choice] = item
+            last = _delta(choice, {}, item.finish_reason) | ({"notice": item.notice} if item.notice else {})
+            costs = {} if usage else {"timings": timings(item.timings)}
+            yield event(frame | {"choices": [last]} | costs)
+        else:
+            yield event(frame | {"choices": [_delta(choice, _delta_of(item, calls[choice]))]})
+            calls[choice] += isinstance(item, ToolCall)
+    if usage:
+        yield event(frame | {"choices": []} | _costs([replies[choice] for choice in sorted(replies)]))
+    yield DONE
+
+
+def _delta(choice: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _delta_of(item: Item, index: int) -> dict[str, Any]:
+    """index: how many calls came before."""
+    if isinstance(item, ContentDelta):
+        return {"content": item.text}
+    if isinstance(item, ReasoningDelta):
+        return {"reasoning_content": item.text, "reasoning": item.text}
+    assert isinstance(item, ToolCall)
+    return {"tool_calls": [{"index": index, **_call(item)}]}
+
+
+class CompletionRequest(SamplingFields):
+    """`POST /v1/completions`: the text goes on as it stands; no template, thoughts or calls."""
+
+    prompt: Annotated[str, Field(max_length=4_000_000)] | list[Any]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+
+@router.post("/v1/completions", summary="Go on with a text")
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    service = service_of(request)
+    headers = headers_for(ignored(body))
+    prompt = body.prompt[0] if isinstance(body.prompt, list) and len(body.prompt) == 1 else body.prompt
+    if not isinstance(prompt, str):
+        raise UsageError("prompt must be one text", "send a request for each")
+    if body.logprobs is not None:
+        raise UsageError("logprobs are not available here", "leave them out")
+    answer = await service.answers.start(Ask(text=prompt, sampling=body.sampling(), choices=body.n or 1))
+    if body.stream:
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        pieces = _text_chunks(answer, service, usage)
+        return Streamed(answer, pieces, lambda problem: event(body_of(CHAT, problem)), headers=headers)
+    replies = await answer.replies(request)
+    choices = [_text_choice(i, r.text, r.finish_reason, r.notice) for i, r in enumerate(replies)]
+    return json_response(_frame(service, "text_completion", choices, "cmpl") | _costs(replies), headers=headers)
+
+
+def _text_choice(index: int, text: str, finish_reason: str | None, notice: str | None = None) -> dict[str, Any]:
+    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    return choice | ({"notice": notice} if notice else {})
+
+
+async def _text_chunks(answer: Answer, service: Service, usage: bool) -> AsyncIterator[str]:
+    frame, replies = _frame(service, "text_completion", [], "cmpl"), dict[int, Reply]()
+    async for choice, item in answer:
+        if item is None:
+            yield PING
+        elif isinstance(item, Reply):
+            replies[choice] = item
+            yield event(frame | {"choices": [_text_choice(choice, "", item.finish_reason, item.notice)]})
+        elif isinstance(item, ContentDelta):
+            yield event(frame | {"choices": [_text_choice(choice, item.text, None)]})
+    if usage:
+        yield event(frame | {"choices": []} | _costs([replies[choice] for choice in sorted(replies)]))
+    yield DONE

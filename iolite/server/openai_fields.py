@@ -1,0 +1,163 @@
+"""The fields of OpenAI's requests, and of those who extended them, brought to an `Ask`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from iolite.errors import UsageError
+from iolite.generate.model import Model
+from iolite.server.answers import Ask
+from iolite.server.fields import (
+    MOST_TOKENS,
+    Bias,
+    Body,
+    Choices,
+    Messages,
+    Penalty,
+    Probability,
+    Seed,
+    Stop,
+    Temperature,
+    Tokens,
+    Tools,
+    TopK,
+    seed_of,
+)
+from iolite.server.settings import Settings
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class SamplingFields(Body):
+    """How tokens are drawn; what is not given is the checkpoint's own."""
+
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: TopK | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Penalty | None = None
+    repeat_penalty: Penalty | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    logit_bias: Bias | None = None
+    max_tokens: Tokens | None = None
+    n: Choices | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    model: str | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """Settings as `Model.sampling` takes them."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty or self.repeat_penalty,
+            "seed": seed_of(self.seed),
+            "stop": self.stop or None,
+            "logit_bias": self.logit_bias or None,
+            "max_tokens": self.max_tokens,
+        }
+
+
+class ThinkingFields(Body):
+    """Whether the model thinks first: every name that clients have for it."""
+
+    reasoning_effort: Effort | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def thinking(self, settings: Settings) -> bool:
+        """The first that is given, or what the server does by default. UsageError for an unknown template setting."""
+        template = self.chat_template_kwargs or {}
+        unknown = set(template) - {"enable_thinking", "thinking", "preserve_thinking"}
+        if unknown or not all(isinstance(value, bool) for value in template.values()):
+            raise UsageError("chat_template_kwargs takes enable_thinking and preserve_thinking, true or false")
+        for asked in (self.think, self.enable_thinking, template.get("enable_thinking"), template.get("thinking")):
+            if asked is not None:
+                return bool(asked)
+        return settings.thinking if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
+
+    def preserve(self) -> bool:
+        return bool((self.chat_template_kwargs or {}).get("preserve_thinking"))
+
+
+class ChatRequest(SamplingFields, ThinkingFields):
+    """`POST /v1/chat/completions`. Contents take text, image_url, input_audio, audio_url, video_url and more."""
+
+    messages: Messages
+    max_completion_tokens: Tokens | None = None
+    tools: Tools | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    grammar: Annotated[str, Field(max_length=200_000)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    image_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_soft_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    image_max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+
+    def ask(self, model: Model, settings: Settings) -> Ask:
+        sampling = self.sampling()
+        sampling["max_tokens"] = self.max_completion_tokens or self.max_tokens
+        if self.logprobs or self.top_logprobs:
+            raise UsageError("logprobs are not available here", "leave them out")
+        return Ask(
+            messages=with_details(self.messages, model),
+            tools=None if self.tool_choice == "none" else self.tools or None,
+            tool_choice=None if self.tool_choice == "none" else self.tool_choice,
+            schema=schema_of(self.response_format),
+            grammar=self.grammar,
+            thinking=self.thinking(settings),
+            preserve_thinking=self.preserve(),
+            image_tokens=self.image_tokens or self.max_soft_tokens or self.image_max_tokens,
+            sampling=sampling,
+            choices=self.n or 1,
+        )
+
+
+def schema_of(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The JSON schema that an answer must have; None: it is free. UsageError for a format of another kind."""
+    if response_format is None or response_format.get("type") == "text":
+        return None
+    if response_format.get("type") == "json_object":
+        return {"type": "object"}
+    wrapped = response_format.get("json_schema")
+    schema = wrapped.get("schema") if isinstance(wrapped, Mapping) else None
+    if response_format.get("type") != "json_schema" or not isinstance(schema, Mapping):
+        hint = 'like {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'
+        raise UsageError("response_format is neither text nor json_object nor a json_schema with its schema", hint)
+    return schema
+
+
+def with_details(messages: Sequence[Mapping[str, Any]], model: Model) -> list[Mapping[str, Any]]:
+    """Messages in which a picture's `detail` ("low" or "high") is a number of tokens, where the model has budgets to
+    choose from."""
+    budgets = model.processor.image_budgets
+    if not budgets:
+        return list(messages)
+    tokens = {"low": min(budgets), "high": max(budgets)}
+
+    def part(item: Any) -> Any:
+        source = item.get("image_url") if isinstance(item, Mapping) else None
+        detail = (source if isinstance(source, Mapping) else item).get("detail") if isinstance(item, Mapping) else None
+        if not isinstance(detail, str) or detail not in tokens or "max_soft_tokens" in item:
+            return item
+        return {**item, "max_soft_tokens": tokens[detail]}
+
+    return [
+        {**message, "content": [part(item) for item in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
