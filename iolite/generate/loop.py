@@ -20,6 +20,7 @@ from iolite.cache import KVCache
 from iolite.errors import ContextError, UsageError
 from iolite.generate.continuation import Continuation
 from iolite.generate.costs import MOST_DRAFTS
+from iolite.generate.grammar import Constraint
 from iolite.generate.passes import Passes, check_numbers
 from iolite.generate.reply import Drafting
 from iolite.generate.sampling import Sampler, SamplingParams
@@ -97,13 +98,16 @@ class Decoding:
         prefixes: PrefixCache | None = None,
         speculator: Speculator | None = None,
         drafts: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """prefixes: where to look for what was read before, and to leave what is read now; its caches are used as they
         are. Without it the whole prompt is read, into a cache of kv_dtype that nobody sees again. speculator: draws
-        several tokens in a pass where that pays, the same ones; drafts: how many it proposes, None: as many as pay."""
+        several tokens in a pass where that pays, the same ones; drafts: how many it proposes, None: as many as pay.
+        constraint: what the answer must look like; it serves one answer."""
         check_fits(prompt, context)
         self.network, self.prompt, self.params, self.progress = network, prompt, params, progress
         self.speculator, self.drafts = (None if drafts == 0 else speculator), drafts
+        self.constraint = constraint
         self.chunk = chunk
         self.limit = min(params.max_tokens, context - len(prompt.ids))
         if prefixes is None:
@@ -116,7 +120,7 @@ class Decoding:
         self.drafting: Drafting | None = None  # how that went
 
     def __iter__(self) -> Iterator[Drawn]:
-        sampler, ids = Sampler(self.params), list(self.prompt.ids)
+        sampler, ids = Sampler(self.params, self.constraint), list(self.prompt.ids)
         begin = time.perf_counter()
         with self.prefixes.lend(self.prompt, ids) as lease:
             self.cached_tokens = lease.reused

@@ -34,7 +34,9 @@ from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.device import Choice, choose, free_memory
 from iolite.errors import UsageError
 from iolite.generate.costs import MOST_DRAFTS, measure
+from iolite.generate.grammar import Constraint, ToolChoice, constrain
 from iolite.generate.loop import Decoding, Progress, StopStrings, check_fits, prompt_logits
+from iolite.generate.matcher import Grammars
 from iolite.generate.reply import Reply
 from iolite.generate.sampling import SamplingParams
 from iolite.generate.speculative import Speculator
@@ -182,11 +184,6 @@ def _product(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _refuse(name: str, value: str | None) -> None:
-    if value is not None:
-        raise UsageError(f"{name}={value!r} is not available in this version", f"leave {name} out")
-
-
 def _kv_dtype(kv: str, choice: Choice, packed: bool) -> torch.dtype | None:
     """What keys and values are kept in; None: what they are computed in. Packed weights compute in float32 on a CPU and
     keep bfloat16: the cache is read for every token, and is half the size."""
@@ -235,6 +232,11 @@ class Model:
             "kv": str(self.kv_dtype),
         }
         self.prefixes.disk = DiskStore(folder, identity, limit_bytes, note, self.choice.device)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must look like."""
+        return Grammars(self.tokenizer, self.config.text.vocab_size)
 
     @property
     def config(self) -> ModelConfig:
@@ -365,20 +367,68 @@ class Model:
         preserve_thinking: bool = False,
         progress: Progress | None = None,
         drafts: int | None = None,
+        grammar: str | Mapping[str, str] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        thinking_budget: int | None = None,
         **sampling: Any,
     ) -> Reply | ReplyStream:
         """Answers messages. With stream=True an iterator of events, whose `reply` is complete after the last one.
 
         Text, thoughts and tool calls come apart. stop strings act on the text of the answer. Other sampling settings
-        and drafts as in `generate`. Every mistake in the input is raised before the first token, with stream=True too.
+        and drafts as in `generate`; schema and the rest as in `constraint`. Every mistake in the input is raised before
+        the first token, with stream=True too.
         """
-        _refuse("schema", None if schema is None else "…")
         begin = time.perf_counter()
         params = self.sampling(max_tokens=max_tokens, temperature=temperature, **sampling)
         prompt = self.prompt(messages, tools, thinking, preserve_thinking, image_tokens)
-        decoding = self._decoding(prompt, params, progress, drafts)
+        constraint = self.constraint(
+            prompt,
+            params,
+            schema=schema,
+            grammar=grammar,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            thinking=thinking,
+            thinking_budget=thinking_budget,
+        )
+        decoding = self._decoding(prompt, params, progress, drafts, constraint)
         answer = ReplyStream(decoding, self.tokenizer, tools, prepare_seconds=time.perf_counter() - begin)
         return answer if stream else answer.run()
+
+    def constraint(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        grammar: str | Mapping[str, str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        thinking: bool = False,
+        thinking_budget: int | None = None,
+    ) -> Constraint | None:
+        """What the answer to a prompt must look like, for that one answer; None when nothing is asked of it.
+
+        schema: a JSON Schema that the text fulfils ({"type": "object"}: any JSON object). grammar: Lark, or {"regex":
+        …}. tool_choice: "none", "auto" (the default), "required" or {"type": "function", "function": {"name": …}};
+        arguments fulfil the tool's schema. thinking_budget: tokens, after which a thought is closed; what is asked for
+        begins after the thought. Raises UsageError for what cannot be honoured.
+        """
+        return constrain(
+            self.grammars,
+            prompt.ids,
+            params.stop_ids,
+            schema=schema,
+            grammar=grammar,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            thinking=thinking,
+            thinking_budget=thinking_budget,
+        )
 
     def sampling(self, **asked: Any) -> SamplingParams:
         """Sampling settings: what is asked for, and the checkpoint's own for the rest."""
@@ -392,7 +442,12 @@ class Model:
         return params
 
     def _decoding(
-        self, prompt: Prompt, params: SamplingParams, progress: Progress | None, drafts: int | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        progress: Progress | None,
+        drafts: int | None,
+        constraint: Constraint | None = None,
     ) -> Decoding:
         if drafts is not None:
             if isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 <= drafts <= MOST_DRAFTS:
@@ -409,6 +464,7 @@ class Model:
             prefixes=self.prefixes,
             speculator=self.speculator,
             drafts=drafts,
+            constraint=constraint,
         )
 
     def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:

@@ -2,7 +2,8 @@
 
 A processor maps (ids so far, logits) to logits; a filter maps logits to logits with -inf at what may not be drawn.
 `make_processors` and `make_filters` list those that a `SamplingParams` asks for, in Transformers' order: bias,
-repetition penalty, suppressed tokens, temperature, top-k, top-p, min-p. Shapes: logits are float32 [vocab].
+repetition penalty, suppressed tokens, temperature, top-k, top-p, min-p. What a constraint does not allow is ruled out
+before all of them. Shapes: logits are float32 [vocab].
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from iolite.config import GenerationConfig
 from iolite.errors import UsageError
+from iolite.generate.grammar import Constraint
 
 Processor = Callable[[Sequence[int], Tensor], Tensor]
 Filter = Callable[[Tensor], Tensor]
@@ -226,10 +228,11 @@ def draw(logits: Tensor, generator: torch.Generator) -> int:
 
 
 class Sampler:
-    """Draws the next token of one sequence; holds that sequence's random generator and nothing else that changes."""
+    """Draws the next token of one sequence; what changes in it is that sequence's random generator and constraint."""
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
+    def __init__(self, params: SamplingParams, constraint: Constraint | None = None) -> None:
+        """constraint: of this one sequence, told of every token that is drawn here."""
+        self.params, self.constraint = params, constraint
         self.processors = make_processors(params)
         self.filters = make_filters(params)
         self.generator = torch.Generator()
@@ -239,10 +242,15 @@ class Sampler:
             self.generator.manual_seed(params.seed)
 
     def logits(self, ids: Sequence[int], logits: Tensor) -> Tensor:
-        """The logits [vocab] of the distribution that is drawn from (under greedy choice: whose largest is taken)."""
-        logits = logits.float()
+        """The logits [vocab] of the distribution that is drawn from (under greedy choice: whose largest is taken).
+
+        UsageError where the constraint leaves no token.
+        """
+        logits = allowed = self._allow(logits.float())
         for process in self.processors:
             logits = process(ids, logits)
+        if self.constraint and logits.max() == -math.inf:
+            logits = allowed  # a bias against all that is allowed yields to the constraint
         for keep in self.filters:
             logits = keep(logits)
         return logits
@@ -250,6 +258,17 @@ class Sampler:
     def __call__(self, ids: Sequence[int], logits: Tensor) -> int:
         """ids is the whole sequence so far, prompt included; logits [vocab] are the model's for the next token."""
         shaped = self.logits(ids, logits)
-        if self.params.temperature == 0:
-            return likeliest(shaped[None])[0]
-        return draw(shaped, self.generator)
+        token = likeliest(shaped[None])[0] if self.params.temperature == 0 else draw(shaped, self.generator)
+        if self.constraint:
+            self.constraint.saw(token)
+        return token
+
+    def _allow(self, logits: Tensor) -> Tensor:
+        mask = self.constraint.mask() if self.constraint else None
+        if mask is None:
+            return logits
+        if not logits.is_cpu:
+            return logits.masked_fill(torch.from_numpy(~mask).to(logits.device), -math.inf)
+        scores = logits.numpy().copy()
+        np.copyto(scores, -np.inf, where=~mask)
+        return torch.from_numpy(scores)

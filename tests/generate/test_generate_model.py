@@ -349,7 +349,7 @@ def test_mistakes_are_raised_before_the_first_event(model):
     with pytest.raises(ContextError):
         model.chat("word " * 5000, stream=True)
     with pytest.raises(UsageError, match="schema"):
-        model.chat("x", schema={"type": "object"})
+        model.chat("x", schema={"type": "nonsense"}, stream=True)
     with pytest.raises(UsageError, match="temperature"):
         model.chat("x", temperature=-1, stream=True)
     picture = {"type": "image", "image": np.zeros((48, 48, 3), np.uint8)}
