@@ -106,7 +106,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], accepts: Callable[[str], bo
             parameters = {"type": "object", "properties": {}}
         try:
             arguments = _Tool(rules, parameters, bool(function.get("strict"))).arguments()
-        except _ImpossibleError as error:
+        except (_WrongError, _ImpossibleError) as error:
             raise UsageError(f"the parameters of the tool {name!r} cannot be used: {error}") from None
         except (TypeError, ValueError, AttributeError, RecursionError):
             raise UsageError(f"the parameters of the tool {name!r} are no JSON Schema") from None
@@ -114,8 +114,12 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], accepts: Callable[[str], bo
     return "\n".join([f"start: {' | '.join(calls)}", *rules.lines, _TERMINALS])
 
 
+class _WrongError(Exception):
+    """A schema that is none, or that a strict tool cannot keep to."""
+
+
 class _ImpossibleError(Exception):
-    """A schema that nothing fulfils, or that is none."""
+    """A schema that nothing fulfils. A choice or an argument that need not be there is then left out."""
 
 
 class _Rules:
@@ -198,7 +202,9 @@ class _Tool:
         if schema is True or schema == {}:
             return self.rules.anything()
         if not isinstance(schema, Mapping):
-            raise _ImpossibleError("no value fulfils it" if schema is False else f"{schema!r} is no schema")
+            raise (
+                _ImpossibleError("no value fulfils it") if schema is False else _WrongError(f"{schema!r} is no schema")
+            )
         reference = schema.get("$ref")
         if isinstance(reference, str) and not set(schema) & {*_ASKS, "allOf", "anyOf", "oneOf"}:
             return self._reference(reference)
@@ -243,7 +249,7 @@ class _Tool:
             else:
                 found = None
         if not reference.startswith("#") or found is None:
-            raise _ImpossibleError(f"it refers to {reference!r}, which is not in it")
+            raise _WrongError(f"it refers to {reference!r}, which is not in it")
         return found
 
     def _flat(self, schema: Any) -> dict[str, Any]:
@@ -251,7 +257,9 @@ class _Tool:
         if schema is True:
             return {}
         if not isinstance(schema, Mapping):
-            raise _ImpossibleError("no value fulfils it" if schema is False else f"{schema!r} is no schema")
+            raise (
+                _ImpossibleError("no value fulfils it") if schema is False else _WrongError(f"{schema!r} is no schema")
+            )
         found = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
         parts = list(schema.get("allOf") or ())
         if isinstance(schema.get("$ref"), str):
@@ -259,7 +267,7 @@ class _Tool:
         self._following += 1
         try:
             if self._following > MOST_REFERENCES:
-                raise _ImpossibleError("it refers to itself without end")
+                raise _WrongError("it refers to itself without end")
             for part in parts:
                 found = self._merged(found, self._flat(part))
         finally:
@@ -295,7 +303,7 @@ class _Tool:
 
     def _left_out(self, key: str) -> None:
         if self.strict:
-            raise _ImpossibleError(f"it is strict, and {key!r} cannot be kept to while a call is written")
+            raise _WrongError(f"it is strict, and {key!r} cannot be kept to while a call is written")
 
     def _plain(self, schema: Mapping[str, Any]) -> str:
         for key in _LEFT_OUT:
@@ -325,7 +333,7 @@ class _Tool:
             return self._object(schema)
         if kind in ("boolean", "null"):
             return self.rules.rule('"true" | "false"' if kind == "boolean" else '"null"')
-        raise _ImpossibleError(f"there is no type {kind!r}")
+        raise _WrongError(f"there is no type {kind!r}")
 
     def _string(self, schema: Mapping[str, Any]) -> str:
         """The terminal of a raw string."""

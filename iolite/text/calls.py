@@ -289,11 +289,14 @@ def _property(schema: Schema, key: str) -> Schema:
 
 
 def _types(schema: Schema) -> set[str]:
-    """The JSON types that a schema allows, in lower case; empty when it does not say."""
+    """The JSON types that a schema allows, in lower case; empty when it, or one of its choices, does not say."""
     named = schema.get("type")
     found = {t.lower() for t in (named if isinstance(named, list) else [named]) if isinstance(t, str)}
     for choice in (c for key in ("anyOf", "oneOf") for c in schema.get(key) or () if isinstance(c, Mapping)):
-        found |= _types(choice)
+        types = _types(choice)
+        if not types:
+            return set()
+        found |= types
     if not found and isinstance(schema.get("enum"), list) and all(isinstance(e, str) for e in schema["enum"]):
         found = {"string"}
     return found
