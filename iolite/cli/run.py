@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import select
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
 @click.option("--image", multiple=True, metavar="FILE", help="A picture; - is stdin. May be repeated.")
 @click.option("--audio", multiple=True, metavar="FILE", help="A recording; - is stdin. May be repeated.")
 @click.option("--video", multiple=True, metavar="FILE", help="A video; - is stdin. May be repeated.")
+@click.option("--schema", metavar="FILE|JSON", help="A JSON Schema: the answer is JSON that it describes.")
+@click.option("--grammar", metavar="FILE", help="A Lark grammar: the answer is a text of it.")
+@click.option(
+    "--thinking-budget",
+    "--reasoning-budget",
+    "thinking_budget",
+    type=int,
+    metavar="TOKENS",
+    help="With --thinking: close the thought after so many tokens.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the reply as one JSON object.")
 @options.add(
     options.SYSTEM,
@@ -42,6 +54,9 @@ def command(
     image: tuple[str, ...],
     audio: tuple[str, ...],
     video: tuple[str, ...],
+    schema: str | None,
+    grammar: str | None,
+    thinking_budget: int | None,
     as_json: bool,
     system: str | None,
     thinking: bool,
@@ -58,6 +73,7 @@ def command(
     iolite run "What is 17 times 23?"
     iolite run nano "Which number is this? digits.png"
     iolite run google/gemma-4-12B-it "Summarise this." < report.txt
+    iolite run google/gemma-4-12B-it "Who is named here? letter.png" --schema '{"type": "object"}'
     """
     name, text = split_words(words, model, prompt)
     named = [(kind, path) for kind, paths in (("image", image), ("video", video), ("audio", audio)) for path in paths]
@@ -69,11 +85,12 @@ def command(
         say(f"Added {found.kind} {found.name}")
     if not text.strip() and not attached and not picked:
         raise UsageError("there is no prompt", f'ask something: iolite run {name} "…", or pipe text into it')
+    settings |= {"thinking": thinking, "thinking_budget": thinking_budget, "image_tokens": image_tokens}
+    settings |= {"schema": schema and read_schema(schema), "grammar": grammar and read_text("--grammar", grammar)}
     loading = options.take_loading(settings)
     loaded = options.load_model(name, **loading)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append(user_message(text, [*attached, *picked]))
-    settings |= {"thinking": thinking, "image_tokens": image_tokens}
     reply = answer(loaded, messages, as_json, settings)
     if reply.notice:
         say(f"note: {reply.notice}")
@@ -104,6 +121,30 @@ def gather(named: Sequence[tuple[str, str]]) -> list[Attachment]:
     if sum(path == "-" for _, path in named) > 1:
         raise UsageError("stdin is named twice", "only one file can come through stdin")
     return [Attachment(kind, sys.stdin.buffer.read()) if path == "-" else attach(kind, path) for kind, path in named]
+
+
+def read_schema(text: str) -> dict[str, Any]:
+    """The JSON Schema that a flag holds or names the file of."""
+    if not text.lstrip().startswith("{"):
+        text = read_text("--schema", text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"the schema is not JSON: {error}", "give a JSON Schema, or the path of a file of one"
+        ) from None
+    if not isinstance(found, dict):
+        raise UsageError("the schema is no JSON object", 'any object at all is {"type": "object"}')
+    return found
+
+
+def read_text(flag: str, path: str) -> str:
+    """A file's text. UsageError for what cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "it is not UTF-8 text"
+        raise UsageError(f"{flag} {path!r} cannot be read: {why}") from None
 
 
 def piped_text(waits: bool) -> str:

@@ -95,6 +95,39 @@ def test_mistakes_are_one_line_and_exit_2(says, here, piped, capsys, arguments, 
     assert error in err
 
 
+def test_a_schema_and_a_grammar_from_files_and_from_the_command_line(says, here, capsys):
+    says("I will not")
+    schema = {"type": "array", "items": {"type": "null"}, "minItems": 1, "maxItems": 2}
+    (here / "schema.json").write_text(json.dumps(schema))
+    (here / "answer.lark").write_text('start: "yes" | "no"')
+    for given in ("schema.json", json.dumps(schema)):
+        assert run_command(["run", "what", "--schema", given]) == 0
+        assert json.loads(capsys.readouterr().out) in ([None], [None, None])
+    assert run_command(["run", "what", "--grammar", "answer.lark", "--thinking", "--thinking-budget", "0"]) == 0
+    assert capsys.readouterr().out in ("yes\n", "no\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--schema", "nowhere.json"], "No such file"),
+        (["--schema", "{no"], "not JSON"),
+        (["--schema", "talk.wav"], "not UTF-8"),
+        (["--schema", "list.json"], "no JSON object"),
+        (["--schema", '{"type": "thing"}'], "thing"),
+        (["--grammar", "nowhere.lark"], "No such file"),
+        (["--grammar", "list.json"], "grammar cannot be used"),
+        (["--thinking-budget", "-1"], "thinking_budget"),
+    ],
+)
+def test_a_schema_that_is_none_is_one_line_and_exit_2(says, here, capsys, arguments, error):
+    says("yes")
+    (here / "list.json").write_text("[1]")
+    assert run_command(["run", "what", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and error in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("words", "model", "prompt", "wanted"),
     [

@@ -275,7 +275,7 @@ def test_the_answer_is_valid_after_a_thought_without_one_and_with_thinking_off(
 ):
     for asked in ({"thinking": thinking}, {} if not thinking else {"thinking": True}):
         script(said)
-        reply = model.chat("which", schema=COLOUR, temperature=temperature, seed=1, max_tokens=900, **asked)
+        reply = model.chat("which", schema=COLOUR, temperature=temperature, seed=1, max_tokens=300, **asked)
         if reply.finish_reason == "length":
             assert reply.reasoning.startswith(thought) and reply.notice
             continue
