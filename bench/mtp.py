@@ -2,7 +2,7 @@
 
     python bench/mtp.py MODEL --drafter DRAFTER [--acceptance 0,0.5,0.7,0.9] [--tokens 64] [--repeat 7]
     python bench/mtp.py nano --drafter auto --questions 60
-    python bench/mtp.py --llama MODEL.gguf DRAFTER.gguf [--drafts 4] [--repeat 2]
+    python bench/mtp.py --llama MODEL.gguf DRAFTER.gguf [--drafts 3] [--repeat 2]
 
 For a model of random weights no drafter guesses anything, so acceptance is set: the drafter works for every guess as
 always, and what it guessed is replaced by the token that the model is known to draw there, or, as often as the
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--questions", type=int, help="ask that many real questions instead")
     parser.add_argument("--llama", nargs=2, metavar="FILE", help="a GGUF model and its GGUF drafter")
-    parser.add_argument("--drafts", type=int, default=4, help="of llama.cpp")
+    parser.add_argument("--drafts", type=int, default=3, help="of llama.cpp, whose kernels take rows by fours")
     arguments = parser.parse_args()
     acceptances = [float(text) for text in arguments.acceptance.split(",")]
     print(json.dumps(hardware()), file=sys.stderr)

@@ -38,6 +38,7 @@ class Costs:
     draft_context: float = 0.0
     speed: float = 1.0  # by how much slower all of it is now than when it was measured
     learnt: dict[int, float] = field(default_factory=dict)  # by how much slower a pass of n tokens is than that
+    learnt_draft: float = 1.0  # and a drafter's step
 
     def of_pass(self, tokens: Sequence[int], contexts: Sequence[int]) -> float:
         """A pass over tokens[i] of a sequence of contexts[i] tokens, for all i."""
@@ -48,15 +49,23 @@ class Costs:
 
     def of_draft(self, contexts: Sequence[int]) -> float:
         """One step of the drafter for sequences of these lengths together."""
-        return self.speed * (self.draft + self.draft_context * sum(contexts))
+        return self.speed * self.learnt_draft * (self.draft + self.draft_context * sum(contexts))
 
     def saw(self, tokens: Sequence[int], contexts: Sequence[int], seconds: float) -> None:
         """Takes a pass into account that took so long."""
-        # A pass that something else has held up says nothing about the next.
-        off = min(2.0, max(0.5, seconds / self.of_pass(tokens, contexts)))
-        total = sum(tokens)
+        off, total = _bounded(seconds / self.of_pass(tokens, contexts)), sum(tokens)
         self.speed *= off**_SETTLES
-        self.learnt[total] = min(2.0, max(0.5, self.learnt.get(total, 1.0) * off**_LEARNS))
+        self.learnt[total] = _bounded(self.learnt.get(total, 1.0) * off**_LEARNS)
+
+    def saw_drafts(self, steps: int, contexts: Sequence[int], seconds: float) -> None:
+        """Takes steps of the drafter into account that took so long together, what comes with them included."""
+        if expected := steps * self.of_draft(contexts):
+            self.learnt_draft = _bounded(self.learnt_draft * _bounded(seconds / expected) ** _LEARNS, 4.0)
+
+
+def _bounded(factor: float, most: float = 2.0) -> float:
+    """A factor between 1 / most and most: what something else has held up says nothing about the next time."""
+    return min(most, max(1 / most, factor))
 
 
 def _at(values: Sequence[float], n: int) -> float:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from iolite.errors import UsageError
 from iolite.generate.acceptance import Acceptance, Known, sureness
 from iolite.generate.continuation import Continuation
 from iolite.generate.costs import MOST_DRAFTS, Costs
@@ -29,6 +30,16 @@ from iolite.model.drafter import Chains, Drafter
 from iolite.model.unified import Unified
 
 _MARGIN = 1.1  # how much more than it costs the first draft must bring: costs and chances are estimates
+
+
+def check_drafts(drafts: int | None, speculator: Speculator | None) -> None:
+    """UsageError for a number of drafts that cannot be proposed with that speculator. None: as many as pay."""
+    if drafts is None:
+        return
+    if isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 <= drafts <= MOST_DRAFTS:
+        raise UsageError(f"drafts is {drafts!r}", f"give 0 to {MOST_DRAFTS}, or leave it out")
+    if drafts and not speculator:
+        raise UsageError("drafts were asked of a model without a drafter", 'load it with drafter="auto"')
 
 
 @dataclass
@@ -181,6 +192,8 @@ class _Turn:
             proposal.add(token, chance, known)
             proposal.value += proposal.chance - self.rate * seconds
             self.counts[i] += 1
+            if token in sequence.stop_ids:
+                break
         return proposal
 
     def draft(self, rest: Sequence[int], proposals: Sequence[Proposal]) -> None:
@@ -189,7 +202,9 @@ class _Turn:
         if not active:
             return
         chains = self.speculator.chains([self.sequences[i] for i in active])
+        begin, steps, together = time.perf_counter(), 0, [self.contexts[i] for i in active]
         while active:
+            steps += 1
             tokens, probabilities = chains.step()
             rows = [
                 row
@@ -201,10 +216,12 @@ class _Turn:
             active = [active[row] for row in rows]
             if active:
                 chains.keep(rows)
+        self.costs.saw_drafts(steps, together, time.perf_counter() - begin)
 
     def _goes_on(self, i: int, proposal: Proposal, together: int) -> bool:
         """Whether one more step of the drafter pays for a sequence, which shares it with others."""
-        if len(proposal.tokens) >= self.most(i):
+        ended = proposal.tokens and proposal.tokens[-1] in self.sequences[i].stop_ids
+        if ended or len(proposal.tokens) >= self.most(i):
             return False
         if self.sequences[i].drafts is not None:
             return True
@@ -214,6 +231,8 @@ class _Turn:
         # A pass does not grow evenly: several more may pay where one more does not.
         for more in range(1, self.most(i) - count + 1):
             chance *= self.acceptance.rate(("depth", count + more))
+            if chance <= margin * self.rate * step:
+                break  # from here on not even the drafter's steps would pay
             value += chance - margin * self.rate * (step + self.growth(i, more - 1))
             if value > 0:
                 return True

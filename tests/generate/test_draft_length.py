@@ -20,11 +20,18 @@ TWO_CORES = (1.0, 1.02, 1.04, 1.08, 1.2, 1.32, 1.45, 1.59, 1.9)
 STEP = 0.08
 
 
+class Fixed(Costs):
+    """What drafts cost is known: they are not made by a network whose time would tell."""
+
+    def saw_drafts(self, steps, contexts, seconds):
+        pass
+
+
 class Coin(Speculator):
     """A drafter whose guesses are right with a chance, if those before them were. It says how sure it is, or not."""
 
     def __init__(self, chance: float, says: float | None = None, costs: Costs | None = None) -> None:
-        super().__init__(None, costs or Costs(list(TWO_CORES), [0.0] * 9, STEP), SimpleNamespace(), copies=False)
+        super().__init__(None, costs or Fixed(list(TWO_CORES), [0.0] * 9, STEP), SimpleNamespace(), copies=False)
         self.chance, self.says, self.random, self.steps = chance, says, random.Random(0), 0
 
     def chains(self, sequences):
@@ -46,8 +53,9 @@ class Coin(Speculator):
 
 
 def sequence(drafts: int | None = None, left: int = 10**9, length: int = 100):
+    cache = SimpleNamespace(length=length)
     return SimpleNamespace(
-        cache=SimpleNamespace(length=length), drafts=drafts, left=left, ids=[0], drafting=Drafting(), lookup=None
+        cache=cache, drafts=drafts, left=left, ids=[0], drafting=Drafting(), lookup=None, stop_ids=frozenset()
     )
 
 
@@ -122,9 +130,15 @@ def test_sequences_have_their_own_numbers():
     assert 1 <= counts[1] <= 8
 
 
+def test_nothing_is_drafted_behind_an_end_token():
+    one = sequence(drafts=8)
+    one.stop_ids = frozenset({1})
+    assert Coin(1.0).propose([one])[0].tokens == [1]
+
+
 def test_few_drafts_where_context_makes_every_token_dear():
     """At 260,000 tokens attention of a 12B costs as much as its weights, for each token of a pass."""
-    costs = Costs(list(TWO_CORES), [n * 1.0 / 260_000 for n in range(1, 10)], STEP)
+    costs = Fixed(list(TWO_CORES), [n * 1.0 / 260_000 for n in range(1, 10)], STEP)
     near, far = Coin(0.6, costs=costs), Coin(0.6, costs=costs)
     counts = []
     for coin, length in ((near, 100), (far, 260_000)):
@@ -169,6 +183,13 @@ def test_costs_follow_the_machine():
     one_hiccup = costs.of_pass([1], [0])
     costs.saw([1], [0], 500.0)
     assert costs.of_pass([1], [0]) < 1.3 * one_hiccup
+
+
+def test_the_cost_of_drafts_is_learnt():
+    costs = Costs([1.0, 1.1], [0.0] * 2, 0.1)
+    for _ in range(200):
+        costs.saw_drafts(3, [0], 0.6)
+    assert costs.of_draft([0]) == pytest.approx(0.2, rel=0.02)
 
 
 def test_costs_of_several_sequences_add_up():
