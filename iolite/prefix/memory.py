@@ -168,13 +168,18 @@ class PrefixCache:
             return sum(most * size for most, size in self._rows)
         return self._budget
 
+    @budget_bytes.setter
+    def budget_bytes(self, budget: int | None) -> None:
+        self._budget = budget
+
     def __len__(self) -> int:
         """Sequences that are kept and not in use."""
         return len(self._kept)
 
-    def take(self, prompt: Prompt) -> Lease:
+    def take(self, prompt: Prompt, more: int = 0) -> Lease:
         """The sequence that a prompt goes on from, gone back to what both have in common: the first `lease.reused`
-        tokens are in `lease.cache`, the rest is to be read. It is to be given back, or dropped."""
+        tokens are in `lease.cache`, the rest is to be read. It is to be given back, or dropped. more: tokens that room
+        is kept for beside the prompt's."""
         chain = Chain.of(prompt, self.seed)
         loaded = self._load(prompt, chain)
         with self._lock:
@@ -182,7 +187,7 @@ class PrefixCache:
             kept.go_back(reused)
             kept.turn, kept.asked, kept.used = reused, len(prompt.ids), self._now()
             lease = Lease(kept, prompt, chain, reused)
-            lease.expected = self._bytes_of(len(prompt.ids))
+            lease.expected = self._bytes_of(len(prompt.ids) + more)
             self._out.add(lease)
             self._make_room(0)
             if reused:

@@ -1,0 +1,238 @@
+"""The engine: takes requests from any thread, draws all answers in one of its own.
+
+    engine = Engine(model, slots=4)
+    running = engine.submit(model.prompt(messages), model.sampling(max_tokens=100))
+    for drawn in running: ...
+
+Every answer is the one that `Decoding` gives, whoever else is drawing: each has a cache and a sampler of its own, and a
+pass computes every token from its own sequence only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from iolite.engine.pace import Pace
+from iolite.engine.room import ANSWER, cache_bytes, room_for
+from iolite.engine.running import Running
+from iolite.engine.scheduler import Scheduler
+from iolite.engine.sequence import Sequence
+from iolite.engine.step import Done, Step
+from iolite.errors import BusyError, UsageError
+from iolite.generate.loop import check_fits
+from iolite.generate.model import Model
+from iolite.generate.sampling import Sampler, SamplingParams
+from iolite.generate.speculative import check_drafts
+from iolite.prompt import Prompt
+
+_LONGEST_RETRY = 60.0  # seconds
+_SETTLES = 0.2  # share of what one more answer changes of the usual duration
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters of an engine since it was made, and what it is doing."""
+
+    running: int = 0
+    waiting: int = 0
+    submitted: int = 0  # = finished + cancelled + failed + running + waiting
+    refused: int = 0  # because there were too many
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0  # that were read
+    cached_tokens: int = 0  # that need not be read
+    drawn_tokens: int = 0
+    cache_bytes: int = 0  # of all sequences, those that are only kept included
+    broken: bool = False  # by an error of its own: it takes no more requests
+
+
+class Engine:
+    """Answers of one model, up to `slots` at a time. `close` it, or use it as a context manager."""
+
+    def __init__(self, model: Model, *, slots: int = 4, waiting: int = 64) -> None:
+        """waiting: how many more requests may wait for a place."""
+        for name, value, least in (("slots", slots, 1), ("waiting", waiting, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value!r}", f"give a whole number from {least} on")
+        self.model, self.prefixes = model, model.prefixes
+        room = room_for(model, slots)
+        if model.prefix_bytes is None:
+            self.prefixes.budget_bytes = room
+        self._scheduler: Scheduler[Sequence] = Scheduler(slots, waiting, room)
+        self._step = Step(model.network, self.prefixes, model.speculator, Pace(model.chunk))
+        self._stats = Stats()
+        self._usual = 1.0  # seconds that an answer has a place for
+        self._closes: float | None = None  # when what is not complete is ended
+        self._broken: BaseException | None = None
+        self._changed = threading.Condition()  # guards all of the above but what `step` alone uses
+        self._thread = threading.Thread(target=self._run, name="iolite-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # a thread in the middle of a pass would crash the interpreter at its end
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, *, drafts: int | None = None, constraint: Any = None
+    ) -> Running:
+        """Queues a request. drafts: as of `Model.generate`; constraint: what may be drawn, for this answer only.
+
+        Raises at once: ContextError for a prompt that does not fit, UsageError for settings that cannot be used,
+        BusyError where too many are waiting or the engine is being closed.
+        """
+        check_fits(prompt, self.model.context)
+        check_drafts(drafts, self.model.speculator)
+        limit = min(params.max_tokens, self.model.context - len(prompt.ids))
+        sampler = Sampler(params) if constraint is None else Sampler(params, constraint)
+        running = Running(prompt, params, limit, lambda: self._cancel(sequence))
+        size = cache_bytes(self.model, len(prompt.ids) + min(limit, ANSWER))
+        sequence = Sequence(running, sampler, drafts, size, self.model.network)
+        with self._changed:
+            self._check_open()
+            if not self._scheduler.add(sequence):
+                self._count(refused=1)
+                after = min(_LONGEST_RETRY, max(1.0, self._usual / self._scheduler.slots))
+                waiting = len(self._scheduler.waiting)
+                raise BusyError(
+                    f"{waiting} requests are waiting already", f"try again in {after:.0f} s", retry_after=after
+                )
+            self._count(submitted=1)
+            self._changed.notify()
+        return running
+
+    def stats(self) -> Stats:
+        with self._changed:
+            running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+            broken = self._broken is not None
+            return replace(
+                self._stats, running=running, waiting=waiting, broken=broken, cache_bytes=self.prefixes.num_bytes
+            )
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Takes no more requests, gives those that there are so many seconds to end, and ends the rest with BusyError.
+
+        Returns when the engine's thread has ended. Called again it may shorten the time and waits as well.
+        """
+        with self._changed:
+            closes = time.monotonic() + seconds
+            self._closes = closes if self._closes is None else min(closes, self._closes)
+            self._changed.notify_all()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _check_open(self) -> None:
+        if self._broken:
+            raise _stopped(self._broken)
+        if self._closes is not None:
+            raise BusyError("the engine is being closed", "ask again when it has been started anew", retry_after=5.0)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        """Called by whoever cancels. What runs is let go by the next step."""
+        with self._changed:
+            if sequence in self._scheduler.waiting:
+                self._scheduler.remove(sequence)
+                self._count(cancelled=1)
+                self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._goes_on():
+                self.step()
+        except BaseException as error:
+            self._broken = error
+            raise  # to where errors of threads are told of
+        finally:
+            self._end_all()
+
+    def _goes_on(self) -> bool:
+        """Waits until there is something to do; False when it is time to end."""
+        with self._changed:
+            while not len(self._scheduler) and self._closes is None:
+                self._changed.wait()
+            return len(self._scheduler) > 0 and (self._closes is None or time.monotonic() < self._closes)
+
+    def step(self) -> None:
+        """One pass: the engine's thread does nothing else."""
+        for sequence in self._running():
+            if sequence.running.cancelled:
+                self._leave(sequence, whole=True, cancelled=1)
+        self._enter()
+        drawing = [sequence for sequence in self._running() if not sequence.unread]
+        self._settle(self._step(drawing, self._scheduler.share))
+
+    def _running(self) -> list[Sequence]:
+        return list(self._scheduler.running)
+
+    def _enter(self) -> None:
+        with self._changed:
+            entered = self._scheduler.enter()
+        for sequence in entered:
+            try:
+                sequence.enter(self.prefixes)
+            except Exception as error:
+                self._fail(sequence, error)
+                continue
+            if self.model.speculator and sequence.drafts != 0:
+                sequence.running.drafting = sequence.continuation.drafting
+            with self._changed:
+                self._count(cached_tokens=sequence.lease.reused)
+
+    def _settle(self, done: Done) -> None:
+        """Lets go of those who are through with a step."""
+        with self._changed:
+            drawn_tokens = sum(len(tokens) for _, tokens in done.drawn)
+            self._count(steps=1, prompt_tokens=done.read, drawn_tokens=drawn_tokens)
+        for sequence, tokens in done.drawn:
+            if sequence.continuation.over:  # before its reader, who may go on with the conversation, knows of it
+                self._usual += _SETTLES * (sequence.seconds - self._usual)
+                self._leave(sequence, whole=True, finished=1)
+            sequence.put(tokens)
+        for sequence, error in done.failed:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._leave(sequence, whole=False, failed=1)
+        sequence.running.end(error)
+
+    def _leave(self, sequence: Sequence, whole: bool, **counted: int) -> None:
+        sequence.leave(self.prefixes, whole)
+        with self._changed:
+            self._scheduler.remove(sequence)
+            self._count(**counted)
+
+    def _end_all(self) -> None:
+        """Nobody waits for an answer that will not come."""
+        with self._changed:
+            self._closes = self._closes or time.monotonic()
+            left = [*self._scheduler.running, *self._scheduler.waiting]
+            for sequence in left:
+                self._scheduler.remove(sequence)
+            cancelled = sum(sequence.running.cancelled for sequence in left)
+            self._count(failed=len(left) - cancelled, cancelled=cancelled)
+        for sequence in left:
+            hint = "ask again when it has been started anew"
+            closed = BusyError("the engine was closed before the answer was complete", hint, retry_after=5.0)
+            sequence.running.end(_stopped(self._broken) if self._broken else closed)
+            sequence.leave(self.prefixes, whole=self._broken is None)
+
+    def _count(self, **more: int) -> None:
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
+
+
+def _stopped(error: BaseException) -> RuntimeError:
+    """A new one for every thread that it is raised in."""
+    stopped = RuntimeError(f"the engine has stopped because of an error of its own: {type(error).__name__}: {error}")
+    stopped.__cause__ = error
+    return stopped
