@@ -15,7 +15,6 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
 
 from iolite.engine.pace import Pace
 from iolite.engine.room import ANSWER, cache_bytes, room_for
@@ -24,6 +23,7 @@ from iolite.engine.scheduler import Scheduler
 from iolite.engine.sequence import Sequence
 from iolite.engine.step import Done, Step
 from iolite.errors import BusyError, UsageError
+from iolite.generate.grammar import Constraint
 from iolite.generate.loop import check_fits
 from iolite.generate.model import Model
 from iolite.generate.sampling import Sampler, SamplingParams
@@ -85,7 +85,7 @@ class Engine:
         self.close()
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams, *, drafts: int | None = None, constraint: Any = None
+        self, prompt: Prompt, params: SamplingParams, *, drafts: int | None = None, constraint: Constraint | None = None
     ) -> Running:
         """Queues a request. drafts: as of `Model.generate`; constraint: what may be drawn, for this answer only.
 
@@ -95,7 +95,7 @@ class Engine:
         check_fits(prompt, self.model.context)
         check_drafts(drafts, self.model.speculator)
         limit = min(params.max_tokens, self.model.context - len(prompt.ids))
-        sampler = Sampler(params) if constraint is None else Sampler(params, constraint)
+        sampler = Sampler(params, constraint)
         running = Running(prompt, params, limit, lambda: self._cancel(sequence))
         size = cache_bytes(self.model, len(prompt.ids) + min(limit, ANSWER))
         sequence = Sequence(running, sampler, drafts, size, self.model.network)

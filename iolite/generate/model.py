@@ -33,13 +33,13 @@ from iolite.checkpoint.source import Source, open_source
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
 from iolite.device import Choice, choose, free_memory
 from iolite.errors import UsageError
-from iolite.generate.costs import MOST_DRAFTS, measure
+from iolite.generate.costs import measure
 from iolite.generate.grammar import Constraint, ToolChoice, constrain
 from iolite.generate.loop import Decoding, Progress, StopStrings, check_fits, prompt_logits
 from iolite.generate.matcher import Grammars
 from iolite.generate.reply import Reply
 from iolite.generate.sampling import SamplingParams
-from iolite.generate.speculative import Speculator
+from iolite.generate.speculative import Speculator, check_drafts
 from iolite.generate.stream import ReplyStream
 from iolite.kernels import cpu
 from iolite.memory import human_bytes
@@ -449,11 +449,7 @@ class Model:
         drafts: int | None,
         constraint: Constraint | None = None,
     ) -> Decoding:
-        if drafts is not None:
-            if isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 <= drafts <= MOST_DRAFTS:
-                raise UsageError(f"drafts is {drafts!r}", f"give 0 to {MOST_DRAFTS}, or leave it out")
-            if drafts and not self.speculator:
-                raise UsageError("drafts were asked of a model without a drafter", 'load it with drafter="auto"')
+        check_drafts(drafts, self.speculator)
         return Decoding(
             self.network,
             prompt,
