@@ -55,7 +55,10 @@ class Grammars:
             raise UsageError(
                 "the schema is not JSON", "a JSON Schema is made of objects, lists, texts and numbers"
             ) from None
-        grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+        except ValueError as error:
+            raise UsageError(f"the schema cannot be used: {_first_line(str(error))}", "nest it less deeply") from None
         return self._get(grammar, "the schema", "see docs/guides/structured-output.md for what a schema may say")
 
     def lark(self, grammar: str) -> Matcher:
@@ -103,13 +106,17 @@ class Grammars:
 
     def _get(self, grammar: str, what: str, hint: str) -> Matcher:
         with self._lock:
-            inner, error = self._compiled(grammar)
-            if error:
-                raise UsageError(f"{what} cannot be used: {_first_line(error)}", hint)
-            return Matcher(inner.deep_copy(), self)
+            vocabulary = self._vocabulary
+        inner, error = self._compiled(vocabulary, grammar)
+        if error:
+            raise UsageError(f"{what} cannot be used: {_first_line(error)}", hint)
+        return Matcher(inner.deep_copy(), self)
 
-    def _compile(self, grammar: str) -> tuple[LLMatcher, str]:
-        inner = LLMatcher(self._vocabulary, grammar, log_level=0)
+    @staticmethod
+    def _compile(vocabulary: LLTokenizer, grammar: str) -> tuple[LLMatcher, str]:
+        inner = LLMatcher(vocabulary, grammar, log_level=0)
+        if not inner.is_error():
+            inner.compute_bitmask()  # where a grammar that is too much shows
         return inner, inner.get_error()
 
     @cached_property

@@ -178,6 +178,15 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.max() + math.log(p), -math.inf)
 
 
+def keep_allowed(logits: Tensor, mask: np.ndarray) -> Tensor:
+    """Keeps the tokens of a mask, bool [vocab]. On a CPU by NumPy, on one thread, as `likeliest`."""
+    if not logits.is_cpu:
+        return logits.masked_fill(torch.from_numpy(~mask).to(logits.device), -math.inf)
+    scores = logits.numpy().copy()
+    np.copyto(scores, -np.inf, where=~mask)
+    return torch.from_numpy(scores)
+
+
 def make_processors(params: SamplingParams) -> list[Processor]:
     """What changes the logits in view of the tokens so far; these act under greedy choice too."""
     found: list[Processor] = []
@@ -246,7 +255,8 @@ class Sampler:
 
         UsageError where the constraint leaves no token.
         """
-        logits = allowed = self._allow(logits.float())
+        mask = self.constraint.mask() if self.constraint else None
+        logits = allowed = logits.float() if mask is None else keep_allowed(logits.float(), mask)
         for process in self.processors:
             logits = process(ids, logits)
         if self.constraint and logits.max() == -math.inf:
@@ -262,13 +272,3 @@ class Sampler:
         if self.constraint:
             self.constraint.saw(token)
         return token
-
-    def _allow(self, logits: Tensor) -> Tensor:
-        mask = self.constraint.mask() if self.constraint else None
-        if mask is None:
-            return logits
-        if not logits.is_cpu:
-            return logits.masked_fill(torch.from_numpy(~mask).to(logits.device), -math.inf)
-        scores = logits.numpy().copy()
-        np.copyto(scores, -np.inf, where=~mask)
-        return torch.from_numpy(scores)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
@@ -21,6 +22,9 @@ from iolite.errors import UsageError
 from iolite.generate.sampling import Sampler, SamplingParams
 from iolite.generate.speculative import Speculator
 
+DEEP: dict = {}
+for _ in range(300):
+    DEEP = {"items": DEEP}
 PERSON = {
     "type": "object",
     "properties": {
@@ -201,6 +205,8 @@ def test_a_budget_closes_the_thought(budget, asked):
         ({"schema": {"type": "integer", "minimum": 3, "maximum": 2}}, "schema cannot be used"),
         ({"schema": [1]}, "list"),
         ({"schema": {"enum": [{1}]}}, "not JSON"),
+        ({"schema": DEEP}, "schema cannot be used"),
+        ({"schema": {"enum": [float("nan")]}}, "schema cannot be used"),
         ({"grammar": "begin: x"}, "grammar cannot be used"),
         ({"grammar": "start: <turn|>"}, "names the token <turn|>"),
         ({"grammar": "start: <[16]>"}, "names the token"),
@@ -210,7 +216,7 @@ def test_a_budget_closes_the_thought(budget, asked):
         ({"schema": {}, "grammar": "start: /a/"}, "both"),
         ({"schema": {}, "thinking_budget": -1}, "thinking_budget"),
     ],
-    ids=str,
+    ids=lambda asked: str(asked)[:60],
 )
 def test_what_cannot_be_honoured_is_refused_at_once(asked, named):
     with pytest.raises(UsageError, match=re.escape(named)) as found:
@@ -226,6 +232,17 @@ def test_a_grammar_that_leads_nowhere_says_so():
     answer = constrain(grammars(), [], every, grammar={"regex": "a"})
     with pytest.raises(UsageError, match="goes on with the grammar"):
         answer.mask()
+
+
+def test_several_threads_share_the_grammars():
+    """Each with its own answers: the same ones as alone."""
+
+    def texts(seeds):
+        return [text_of(write(constraint(schema=PERSON), seed)[0]) for seed in seeds]
+
+    alone = texts(range(4))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(texts, [range(4)] * 4)) == [alone] * 4
 
 
 # With a model
