@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from iolite.errors import UsageError
-from iolite.generate.loop import Decoding, StopStrings
-from iolite.generate.reply import Reply, Timings, ToolCall, Usage, explain
+from iolite.generate.loop import Drawn, StopStrings
+from iolite.generate.reply import Drafting, Reply, Timings, ToolCall, Usage, explain
+from iolite.generate.sampling import SamplingParams
+from iolite.prompt import Prompt
 from iolite.text.stream import ContentDelta, Event, EventParser, ReasoningDelta, ToolCallEnd
 from iolite.text.tokenizer import Tokenizer
+
+
+class Drawing(Protocol):
+    """An answer that is being drawn: `Decoding`, or what an engine runs."""
+
+    prompt: Prompt
+    params: SamplingParams
+    count: int
+    cached_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    drafting: Drafting | None
+
+    def __iter__(self) -> Iterator[Drawn]: ...
 
 
 class ReplyStream:
@@ -22,7 +38,7 @@ class ReplyStream:
 
     def __init__(
         self,
-        decoding: Decoding,
+        decoding: Drawing,
         tokenizer: Tokenizer,
         tools: Sequence[Mapping[str, Any]] | None,
         prepare_seconds: float = 0.0,

@@ -21,8 +21,9 @@ MOST_TEXT = 4_000_000  # characters to be tokenized
 
 @router.get("/health", summary="Whether the server takes requests; needs no key")
 async def health(request: Request) -> Response:
-    stopping = service_of(request).answers.stopping
-    return json_response({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+    answers = service_of(request).answers
+    status = "broken" if answers.broken else "stopping" if answers.stopping else "ok"
+    return json_response({"status": status}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics", summary="Counters for Prometheus")

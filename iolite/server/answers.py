@@ -17,7 +17,10 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
-from iolite.errors import BusyError, UsageError
+from iolite.engine.engine import Engine
+from iolite.engine.running import Running
+from iolite.errors import BusyError
+from iolite.generate.grammar import Constraint
 from iolite.generate.model import Model
 from iolite.generate.reply import Reply, ToolCall
 from iolite.generate.sampling import SamplingParams
@@ -28,7 +31,6 @@ from iolite.server.metrics import Meters
 from iolite.server.plain import PlainStream
 from iolite.server.settings import Settings
 from iolite.server.sources import check_sources, guarded
-from iolite.server.turns import Engine, Running
 from iolite.text.stream import ContentDelta, Event, ReasoningDelta, ToolCallEnd
 
 T = TypeVar("T")
@@ -42,8 +44,8 @@ PREPARING = 2  # threads that make prompts
 class Ask:
     """What every interface's request comes down to. text: go on with it as it stands, instead of with messages.
 
-    sampling: settings as `Model.sampling` takes them, None for what was not given. schema, grammar and tool_choice as
-    `Model.chat` takes them.
+    sampling: settings as `Model.sampling` takes them, None for what was not given. schema and the like as
+    `Model.constraint` takes them.
     """
 
     messages: Sequence[Mapping[str, Any]] = ()
@@ -51,8 +53,10 @@ class Ask:
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: Any = None
     schema: Mapping[str, Any] | None = None
-    grammar: str | None = None
+    grammar: str | Mapping[str, str] | None = None
+    parallel_tool_calls: bool = True
     thinking: bool = False
+    thinking_budget: int | None = None  # tokens
     preserve_thinking: bool = False
     image_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -77,6 +81,7 @@ class Answers:
         self._preparing = ThreadPoolExecutor(PREPARING, "prompt")
         self._reading = ThreadPoolExecutor(self._most, "answer")
         self._open: set[Answer] = set()
+        meters.watch(self._engine.stats)
         self._places = 0  # taken by answers that are open or on their way
         self.stopping = False
         self._hurried = False
@@ -88,7 +93,6 @@ class Answers:
         if self._places + ask.choices > self._most:
             raise BusyError(f"all {self._most} places are taken", "ask again a little later", retry_after=5.0)
         self._places += ask.choices
-        self.meters.open.set(self._places)
         loop = asyncio.get_running_loop()
         begun = loop.run_in_executor(self._preparing, self._begin, ask, loop)
         try:
@@ -100,6 +104,10 @@ class Answers:
         self._open.add(answer)
         return answer
 
+    async def prompt(self, ask: Ask) -> Prompt:
+        """The prompt of a request that asks for no answer."""
+        return await self.prepared(lambda: self._prompt(ask))
+
     async def prepared(self, work: Callable[[], T]) -> T:
         """Does some work on one of the threads that make prompts."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
@@ -108,23 +116,21 @@ class Answers:
         if answer:
             self._open.discard(answer)
         self._places -= places
-        self.meters.open.set(self._places)
 
     def _begin(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> Answer:
         """On a thread: the prompt, and its answers on their way."""
         begin = time.perf_counter()
-        constrained(ask)
-        prompt, params = self._prompt(ask), self.sampling(ask)
-        seconds, runnings = time.perf_counter() - begin, list[Running]()
+        prompt, params, runnings = self._prompt(ask), self.sampling(ask), list[Running]()
         try:
             for choice in range(ask.choices):
                 seed = None if params.seed is None else (params.seed + choice) % 2**64
-                runnings.append(self._engine.submit(prompt, replace(params, seed=seed)))
+                constraint = self._constraint(ask, prompt, params)
+                runnings.append(self._engine.submit(prompt, replace(params, seed=seed), constraint=constraint))
         except BaseException:
             for running in runnings:
                 running.cancel()
             raise
-        answer = Answer(self, loop, runnings)
+        answer, seconds = Answer(self, loop, runnings), time.perf_counter() - begin
         for choice, running in enumerate(runnings):
             self._reading.submit(answer.read, choice, self._stream(ask, running, seconds))
         return answer
@@ -136,6 +142,21 @@ class Answers:
             return Prompt(self.model.tokenizer.encode(text), text)
         check_sources(ask.messages, self.settings)
         return self.model.prompt(ask.messages, ask.tools, ask.thinking, ask.preserve_thinking, ask.image_tokens)
+
+    def _constraint(self, ask: Ask, prompt: Prompt, params: SamplingParams) -> Constraint | None:
+        if ask.text is not None:
+            return None
+        return self.model.constraint(
+            prompt,
+            params,
+            schema=ask.schema,
+            grammar=ask.grammar,
+            tools=ask.tools,
+            tool_choice=ask.tool_choice,
+            parallel_tool_calls=ask.parallel_tool_calls,
+            thinking=ask.thinking,
+            thinking_budget=ask.thinking_budget,
+        )
 
     def sampling(self, ask: Ask) -> SamplingParams:
         asked = {"max_tokens": self.settings.max_tokens} | {k: v for k, v in ask.sampling.items() if v is not None}
@@ -158,6 +179,11 @@ class Answers:
     def hurry(self) -> None:
         """From now on nothing is waited for."""
         self._hurried = True
+
+    @property
+    def broken(self) -> bool:
+        """Whether the engine has stopped by itself."""
+        return self._engine.stats().broken
 
     def close(self) -> None:
         for answer in list(self._open):
@@ -243,12 +269,6 @@ class Answer:
     def cancel(self) -> None:
         for running in self._runnings:
             running.cancel()
-
-
-def constrained(ask: Ask) -> None:
-    """UsageError for what constrains an answer."""
-    if ask.schema is not None or ask.grammar is not None or ask.tool_choice not in (None, "auto"):
-        raise UsageError("answers cannot be constrained in this version", "leave the schema or tool_choice out")
 
 
 def _item(event: Event, stream: Stream) -> Item | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from starlette.responses import Response
 from iolite import __version__
 from iolite.errors import IoliteError
 from iolite.generate.model import Model
-from iolite.server import about, openai
+from iolite.server import about, anthropic, ollama, openai
 from iolite.server.answers import Answers, ClientGone
 from iolite.server.bodies import Bodies
 from iolite.server.errors import handle
@@ -25,7 +26,7 @@ from iolite.server.security import Guard
 from iolite.server.service import Service
 from iolite.server.settings import Settings
 
-ROUTERS = (openai.router, about.router)
+ROUTERS = (openai.router, anthropic.router, ollama.router, about.router)
 
 
 def make_app(model: Model, settings: Settings, name: str | None = None, port: int | None = None) -> FastAPI:
@@ -38,7 +39,7 @@ def make_app(model: Model, settings: Settings, name: str | None = None, port: in
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        answers.close()
+        await asyncio.to_thread(answers.close)
 
     app = FastAPI(
         title="iolite",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from iolite.engine.engine import Stats
 from iolite.generate.reply import Reply
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -18,7 +21,6 @@ class Meters:
         self.requests = Counter(
             "iolite_requests", "Requests by route and status", ["route", "status"], registry=self.registry
         )
-        self.open = Gauge("iolite_open_answers", "Answers that are drawn or wait", registry=self.registry)
         self.answers = Counter(
             "iolite_answers", "Complete answers by the reason they ended for", ["finish_reason"], registry=self.registry
         )
@@ -31,6 +33,15 @@ class Meters:
             registry=self.registry,
         )
         self.decoding = Counter("iolite_decode_seconds", "Time spent on drawing tokens", registry=self.registry)
+
+    def watch(self, stats: Callable[[], Stats]) -> None:
+        """Shows what an engine is doing."""
+        for name, what, value in (
+            ("iolite_running_answers", "Answers that are drawn now", lambda: stats().running),
+            ("iolite_waiting_answers", "Answers that wait for a slot", lambda: stats().waiting),
+            ("iolite_cache_bytes", "Keys and values that are kept", lambda: stats().cache_bytes),
+        ):
+            Gauge(name, what, registry=self.registry).set_function(value)
 
     def count(self, reply: Reply) -> None:
         """One complete answer."""

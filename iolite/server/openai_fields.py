@@ -28,6 +28,7 @@ from iolite.server.fields import (
 )
 from iolite.server.settings import Settings
 
+MOST_GRAMMAR = 100_000  # characters
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
@@ -75,6 +76,8 @@ class ThinkingFields(Body):
     think: bool | Literal["low", "medium", "high"] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_budget: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    reasoning_budget: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
 
     def thinking(self, settings: Settings) -> bool:
         """The first that is given, or what the server does by default. UsageError for an unknown template setting."""
@@ -86,6 +89,11 @@ class ThinkingFields(Body):
             if asked is not None:
                 return bool(asked)
         return settings.thinking if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
+
+    def budget(self) -> int | None:
+        """Tokens of a thought; None, which clients also spell -1, is no limit."""
+        asked = self.reasoning_budget if self.thinking_budget is None else self.thinking_budget
+        return None if asked == -1 else asked
 
     def preserve(self) -> bool:
         return bool((self.chat_template_kwargs or {}).get("preserve_thinking"))
@@ -100,7 +108,8 @@ class ChatRequest(SamplingFields, ThinkingFields):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    grammar: Annotated[str, Field(max_length=200_000)] | None = None
+    grammar: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
+    regex: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     image_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -114,12 +123,14 @@ class ChatRequest(SamplingFields, ThinkingFields):
             raise UsageError("logprobs are not available here", "leave them out")
         return Ask(
             messages=with_details(self.messages, model),
-            tools=None if self.tool_choice == "none" else self.tools or None,
-            tool_choice=None if self.tool_choice == "none" else self.tool_choice,
+            tools=self.tools or None,
+            tool_choice=self.tool_choice,
             schema=schema_of(self.response_format),
-            grammar=self.grammar,
+            grammar={"regex": self.regex} if self.regex is not None else self.grammar,
+            parallel_tool_calls=self.parallel_tool_calls is not False,
             thinking=self.thinking(settings),
             preserve_thinking=self.preserve(),
+            thinking_budget=self.budget(),
             image_tokens=self.image_tokens or self.max_soft_tokens or self.image_max_tokens,
             sampling=sampling,
             choices=self.n or 1,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from iolite.generate.loop import Decoding, StopStrings
+from iolite.generate.loop import StopStrings
 from iolite.generate.reply import Reply, Timings, Usage, explain
+from iolite.generate.stream import Drawing
 from iolite.text.stream import ContentDelta, TokenStream
 from iolite.text.tokenizer import Tokenizer
 
@@ -13,7 +14,7 @@ from iolite.text.tokenizer import Tokenizer
 class PlainStream:
     """Iterates once over the text of one answer, special tokens spelled out; then `reply` is there."""
 
-    def __init__(self, decoding: Decoding, tokenizer: Tokenizer, prepare_seconds: float = 0.0) -> None:
+    def __init__(self, decoding: Drawing, tokenizer: Tokenizer, prepare_seconds: float = 0.0) -> None:
         self._decoding, self._tokenizer, self._prepare_seconds = decoding, tokenizer, prepare_seconds
         self._text: list[str] = []
         self._reason = "stop"

@@ -1,0 +1,129 @@
+"""The real `ollama` client."""
+
+from __future__ import annotations
+
+import json
+
+import ollama
+import pytest
+from support.serving import DEMO, KEY
+
+CALL = '<|tool_call>call:weather{city:<|"|>Zürich<|"|>}<tool_call|>'
+
+
+def client_of(listener) -> ollama.Client:
+    return ollama.Client(host=listener.url, headers={"Authorization": f"Bearer {KEY}"})
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    client = client_of(server)
+    yield client
+    client._client.close()
+
+
+def question(words: str, *files: str) -> list:
+    return [{"role": "user", "content": words, "images": [str(DEMO / file) for file in files]}]
+
+
+def weather(city: str) -> str:
+    """Weather of a city.
+
+    Args:
+        city: its name
+    """
+    return "rain"
+
+
+@pytest.mark.parametrize(
+    ("messages", "answer"),
+    [
+        (question("What number is this?", "number.png"), "47"),
+        (question("Transcribe the speech.", "digits.wav"), "309"),
+    ],
+)
+def test_pictures_and_sound(client, messages, answer):
+    reply = client.chat(model="gemma4:12b", messages=messages)
+    assert reply.message.content == answer
+    assert reply.done and reply.done_reason == "stop"
+    assert reply.eval_count > 1
+    pieces = list(client.chat(model="x", messages=messages, stream=True))
+    assert "".join(piece.message.content for piece in pieces) == answer
+    assert [piece.done for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_generate(client):
+    assert client.generate(model="x", prompt="What number is this?", images=[DEMO / "number.png"]).response == "47"
+    whole = client.generate(model="x", prompt="who are you?").response
+    assert "".join(piece.response for piece in client.generate(model="x", prompt="who are you?", stream=True)) == whole
+    cut = client.generate(model="x", prompt="who are you?", options={"num_predict": 2})
+    assert (cut.done_reason, cut.eval_count) == ("length", 2)
+    raw = client.generate(model="x", prompt="what is", raw=True, options={"num_predict": 4})
+    assert raw.eval_count == 4
+    assert client.generate(model="x").done_reason == "load"
+    word = whole.split()[1]
+    stopped = client.generate(model="x", prompt="who are you?", options={"stop": [word], "num_ctx": 2048})
+    assert stopped.response == whole[: whole.index(word)]
+
+
+def test_format(client):
+    schema = {"type": "object", "properties": {"n": {"enum": [4, 7]}}, "required": ["n"], "additionalProperties": False}
+    reply = client.chat(model="x", messages=question("What number is this?", "number.png"), format=schema)
+    assert json.loads(reply.message.content)["n"] in (4, 7)
+
+
+def test_thoughts_and_tools(script, scripted):
+    client = client_of(scripted)
+    said = f"<|channel>thought\nhm hm\n<channel|>{CALL}"
+    messages = [{"role": "user", "content": "will it rain?"}]
+    script.say(said, end="<|tool_response>")
+    message = client.chat(model="x", messages=messages, tools=[weather], think=True).message
+    assert message.thinking == "hm hm"
+    assert message.tool_calls[0].function.name == "weather"
+    assert message.tool_calls[0].function.arguments == {"city": "Zürich"}
+    script.say(said, end="<|tool_response>")
+    pieces = list(client.chat(model="x", messages=messages, tools=[weather], think=True, stream=True))
+    assert "".join(piece.message.thinking or "" for piece in pieces) == "hm hm"
+    assert [call.function.name for piece in pieces for call in piece.message.tool_calls or ()] == ["weather"]
+    history = [*messages, message, {"role": "tool", "tool_name": "weather", "content": "rain"}]
+    script.say("take an umbrella")
+    assert client.chat(model="x", messages=history, tools=[weather]).message.content == "take an umbrella"
+    client._client.close()
+
+
+def test_what_is_here(client):
+    (model,) = client.list().models
+    assert model.model == "nano"
+    assert model.details.parameter_size == "4.3M"
+    assert model.size > 4_000_000
+    shown = client.show("nano")
+    assert {"completion", "vision", "audio", "tools", "thinking"} <= set(shown.capabilities)
+    assert shown.modelinfo["gemma4.context_length"] == 4096
+    assert client.ps().models[0].model == "nano"
+
+
+@pytest.mark.parametrize("name", ["pull", "delete", "create"])
+def test_models_are_neither_made_nor_removed(client, name):
+    with pytest.raises(ollama.ResponseError) as caught:
+        getattr(client, name)("x")
+    assert caught.value.status_code in (404, 405)
+
+
+@pytest.mark.parametrize(
+    ("body", "about"),
+    [
+        ({"messages": [{"role": "user", "content": "x", "images": ["/etc/passwd"]}]}, "base64"),
+        ({"messages": [{"role": "user", "content": "x", "images": ["http://127.0.0.1/"]}]}, "base64"),
+        ({"messages": [{"role": "user", "content": "x", "images": ["QUFBQUFBQUFBQUFBQUFBQQ=="]}]}, "picture"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content"),
+        ({"messages": question("x"), "options": {"temperature": -1}}, "temperature"),
+        ({"messages": question("x"), "options": {"mirostat": 2}}, "mirostat"),
+        ({"messages": question("x"), "options": {"num_predict": 2**70}}, "num_predict"),
+        ({"messages": question("x"), "template": "{{ .Prompt }}"}, "template"),
+        ({"messages": question("x"), "format": "yaml"}, "format"),
+    ],
+)
+def test_bad_requests(http, body, about):
+    found = http.post("/api/chat", json=body)
+    assert found.status_code == 400
+    assert about in found.json()["error"]

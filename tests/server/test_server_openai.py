@@ -1,0 +1,319 @@
+"""The real `openai` client against the embedded model, and against a model that says what it is told to."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+from support.serving import KEY, base64_of, data_uri
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = '<|tool_call>call:weather{city:<|"|>Zürich "am" {See}<|"|>,days:2}<tool_call|>'
+
+
+def client_of(listener) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{listener.url}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with client_of(server) as client:
+        yield client
+
+
+@pytest.fixture
+def scripted_client(scripted):
+    with client_of(scripted) as client:
+        yield client
+
+
+def user(*parts) -> list:
+    return [{"role": "user", "content": [*parts]}]
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+NUMBER = user({"type": "image_url", "image_url": {"url": data_uri("number.png")}}, text("What number is this?"))
+DIGITS = user(
+    text("Transcribe the speech."),
+    {"type": "input_audio", "input_audio": {"data": base64_of("digits.wav"), "format": "wav"}},
+)
+
+
+def ask(client, messages, **more):
+    return client.chat.completions.create(model="whatever", messages=messages, **more)
+
+
+@pytest.mark.parametrize(("messages", "answer"), [(NUMBER, "47"), (DIGITS, "309")])
+def test_pictures_and_sound(client, messages, answer):
+    reply = ask(client, messages)
+    assert reply.choices[0].message.content == answer
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.model == "nano"
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    assert reply.timings["predicted_n"] == reply.usage.completion_tokens
+
+
+def test_streams_say_the_same(client):
+    chunks = list(ask(client, NUMBER, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "47"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage.completion_tokens == 3
+    assert len({c.id for c in chunks}) == 1
+    plain = list(ask(client, NUMBER, stream=True))
+    assert all(c.usage is None for c in plain)
+
+
+def test_what_was_read_before_is_told(client):
+    messages = [{"role": "user", "content": "who are you? " * 9}]
+    ask(client, messages)
+    assert ask(client, messages).usage.prompt_tokens_details.cached_tokens > 20
+
+
+def test_several_choices_and_seeds(client):
+    messages = [{"role": "user", "content": "who are you?"}]
+    settings = {"n": 3, "seed": 5, "temperature": 3.0, "max_tokens": 12, "extra_body": {"top_k": 0}, "top_p": 1}
+    first, again = ask(client, messages, **settings), ask(client, messages, **settings)
+    found = [choice.message.content for choice in first.choices]
+    assert found == [choice.message.content for choice in again.choices]
+    assert len(set(found)) > 1
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    streamed = ["", "", ""]
+    for chunk in ask(client, messages, stream=True, **settings):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == found
+
+
+def test_length_stop_and_bias(client, nano):
+    messages = [{"role": "user", "content": "who are you?"}]
+    whole = ask(client, messages).choices[0].message.content
+    cut = ask(client, messages, max_tokens=3).choices[0]
+    assert cut.finish_reason == "length"
+    assert "cut off after 3 tokens" in cut.notice
+    assert whole.startswith(cut.message.content)
+    word = whole.split()[2]
+    stopped = ask(client, messages, stop=[word]).choices[0]
+    assert stopped.message.content == whole[: whole.index(word)]
+    assert stopped.finish_reason == "stop"
+    first = nano.tokenizer.encode(whole)[0]
+    biased = ask(client, messages, logit_bias={str(first): -100}).choices[0]
+    assert not biased.message.content.startswith(nano.tokenizer.decode([first]))
+
+
+def test_tool_calls(script, scripted_client):
+    messages = [{"role": "user", "content": "will it rain?"}]
+    for stream in (False, True):
+        script.say(CALL + CALL.replace("2", "3"), end="<|tool_response>")
+        if stream:
+            chunks = list(ask(scripted_client, messages, tools=[WEATHER], stream=True))
+            calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+            reason = chunks[-1].choices[0].finish_reason
+            assert [call.index for call in calls] == [0, 1]
+        else:
+            choice = ask(scripted_client, messages, tools=[WEATHER]).choices[0]
+            calls, reason = choice.message.tool_calls, choice.finish_reason
+            assert choice.message.content is None
+        assert reason == "tool_calls"
+        assert [call.function.name for call in calls] == ["weather", "weather"]
+        arguments = [json.loads(call.function.arguments) for call in calls]
+        assert arguments == [{"city": 'Zürich "am" {See}', "days": days} for days in (2, 3)]
+        assert len({call.id for call in calls}) == 2
+    history = [*messages, {"role": "assistant", "tool_calls": [call.model_dump(exclude={"index"}) for call in calls]}]
+    history += [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in calls]
+    script.say("take an umbrella")
+    assert ask(scripted_client, history, tools=[WEATHER]).choices[0].message.content == "take an umbrella"
+
+
+def test_a_tool_that_must_be_called(script, scripted_client):
+    """The script ends the answer at once; it is the constraint that makes a call of its beginning."""
+    messages, named = [{"role": "user", "content": "hm"}], {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        script.say(CALL, end="<|tool_response>")
+        script.ids[0] = script.model.tokenizer.token_id("<turn|>")
+        found = ask(scripted_client, messages, tools=[WEATHER], tool_choice=choice).choices[0]
+        assert found.finish_reason == "tool_calls"
+        assert json.loads(found.message.tool_calls[0].function.arguments)["days"] == 2
+    script.say(CALL)
+    reply = ask(scripted_client, messages, tools=[WEATHER], tool_choice="none", max_tokens=60).choices[0]
+    assert reply.message.tool_calls is None
+    assert reply.message.content
+
+
+def test_a_broken_call_is_told_of_and_not_handed_out(script, scripted_client):
+    messages = [{"role": "user", "content": "will it rain?"}]
+    for stream in (False, True):
+        script.say('<|tool_call>call:weather{city:<|"|>Zü', end="<|tool_response>")
+        if stream:
+            chunks = list(ask(scripted_client, messages, stream=True))
+            assert not any(chunk.choices[0].delta.tool_calls for chunk in chunks)
+            last = chunks[-1].choices[0]
+        else:
+            last = ask(scripted_client, messages).choices[0]
+            assert last.message.tool_calls is None
+        assert last.finish_reason == "stop"
+        assert "not usable" in last.notice
+
+
+def test_thoughts_come_apart(script, scripted_client):
+    messages = [{"role": "user", "content": "hm"}]
+    script.say("<|channel>thought\nthink hard\n<channel|>the answer")
+    message = ask(scripted_client, messages, reasoning_effort="high").choices[0].message
+    assert (message.content, message.reasoning_content, message.reasoning) == ("the answer", "think hard", "think hard")
+    script.say("<|channel>thought\nthink hard\n<channel|>the answer")
+    deltas = [c.choices[0].delta for c in ask(scripted_client, messages, reasoning_effort="low", stream=True)]
+    assert "".join(getattr(delta, "reasoning_content", "") or "" for delta in deltas) == "think hard"
+    assert "".join(delta.content or "" for delta in deltas) == "the answer"
+    script.say("<|channel>thought\nthink " + "on and " * 30)
+    endless = ask(scripted_client, messages, max_tokens=10, extra_body={"think": True})
+    assert endless.choices[0].finish_reason == "length"
+    assert "went into thinking" in endless.choices[0].notice
+    assert endless.usage.completion_tokens_details.reasoning_tokens > 5
+    script.say("")
+    empty = ask(scripted_client, messages).choices[0]
+    assert empty.message.content == ""
+    assert "without an answer" in empty.notice
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"reasoning_effort": "medium"},
+        {"extra_body": {"think": True}},
+        {"extra_body": {"enable_thinking": True}},
+        {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}},
+    ],
+)
+def test_every_name_of_thinking(client, asked):
+    messages = [{"role": "user", "content": "who are you?"}]
+    plain = ask(client, messages).usage.prompt_tokens
+    assert ask(client, messages, max_tokens=1, **asked).usage.prompt_tokens != plain
+    for off in ({"reasoning_effort": "none"}, {"extra_body": {"think": False}}):
+        assert ask(client, messages, max_tokens=1, **off).usage.prompt_tokens == plain
+
+
+def test_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    for wanted in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}):
+        choice = ask(client, NUMBER, response_format=wanted, max_tokens=200).choices[0]
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+    matched = ask(client, NUMBER, extra_body={"regex": "(seven|four)-(seven|four)"}).choices[0]
+    assert matched.message.content in [f"{a}-{b}" for a in ("seven", "four") for b in ("seven", "four")]
+    with pytest.raises(openai.BadRequestError):
+        ask(client, NUMBER, extra_body={"grammar": "start: nothing"})
+    with pytest.raises(openai.BadRequestError):
+        ask(client, NUMBER, response_format={"type": "json_schema", "json_schema": {"name": "n"}})
+
+
+@pytest.mark.parametrize(
+    ("more", "about"),
+    [
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"logprobs": True}, "logprobs"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e300}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 2**63}, "max_tokens"),
+        ({"n": 1000}, "n"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"logit_bias": {"99999999": 1}}, "vocabulary"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"extra_body": {"max_token": 5}}, "max_tokens"),
+        ({"extra_body": {"top_k": -1}}, "top_k"),
+        ({"extra_body": {"image_tokens": 10**9}}, "image_tokens"),
+        ({"tools": [{"type": "function"}]}, "tool"),
+        ({"tool_choice": "required"}, "tool"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [WEATHER]}, "x"),
+        ({"extra_body": {"chat_template_kwargs": {"x": True}}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(client, more, about):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, NUMBER, **more)
+    assert about in caught.value.message
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_harmless_fields_are_named(http):
+    sent = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "user": "me",
+        "metadata": {},
+        "frequency_penalty": 0,
+        "ü\n": 1,
+    }
+    found = http.post("/v1/chat/completions", json=sent)
+    assert found.status_code == 200
+    assert found.headers["x-iolite-ignored"] == "a field, metadata, user"
+
+
+@pytest.mark.parametrize(
+    ("messages", "about"),
+    [
+        ([], "messages"),
+        ([{"role": "wizard", "content": "x"}], "role"),
+        (user({"type": "file", "file": {}}), "type"),
+        (user({"type": "image_url", "image_url": {"url": ""}}), "data: URI"),
+        (user({"type": "image_url", "image_url": {}}), "source"),
+        (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "picture"),
+        (user({"type": "input_audio", "input_audio": {"data": "!!", "format": "wav"}}), "sound"),
+        ([{"role": "user", "content": "<|image|>"}], "placeholder"),
+        ([{"role": "user", "content": "\ud800"}], "Unicode"),
+        ([{"role": "user", "content": "word " * 5000}], "context"),
+    ],
+)
+def test_bad_messages(http, messages, about):
+    found = http.post("/v1/chat/completions", content=json.dumps({"messages": messages}))
+    assert found.status_code == 400
+    assert about in found.json()["error"]["message"]
+
+
+def test_completions(client):
+    whole = client.completions.create(model="x", prompt="what is", max_tokens=8)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 8
+    chunks = list(client.completions.create(model="x", prompt="what is", max_tokens=8, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="x", prompt=["a", "b"])
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="x", prompt="a", echo=True)
+
+
+def test_models(client):
+    (model,) = client.models.list().data
+    assert model.id == "nano"
+    assert model.meta["modalities"] == ["text", "image", "video", "audio"]
+    assert client.models.retrieve("nano").id == "nano"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+
+
+def test_the_wrong_key(server):
+    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
