@@ -36,7 +36,7 @@ _NO_SCHEMAS = ("enum", "const", "default", "example", "examples", "required")
 class Grammars:
     """Compiles grammars for one vocabulary, each once. Safe to use from several threads.
 
-    Its own tables of a vocabulary of 262,144 tokens take one or two seconds and 150 MB, when the first grammar is asked for.
+    A vocabulary of 262,144 tokens takes a second or two and 150 MB, when the first grammar is asked for.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
