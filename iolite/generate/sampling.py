@@ -4,6 +4,9 @@ A processor maps (ids so far, logits) to logits; a filter maps logits to logits 
 `make_processors` and `make_filters` list those that a `SamplingParams` asks for, in Transformers' order: bias,
 repetition penalty, suppressed tokens, temperature, top-k, top-p, min-p. What a constraint does not allow is ruled out
 before all of them. Shapes: logits are float32 [vocab].
+
+What looks at the whole vocabulary does so by NumPy on a CPU, on one thread: torch's threads would have to wait for the
+cores on which those of the kernels spin, and then take longer than the work.
 """
 
 from __future__ import annotations
@@ -158,28 +161,61 @@ def suppress(ids: Sequence[int], logits: Tensor, *, tokens: Sequence[int]) -> Te
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Keeps the k largest, and what equals the smallest of them."""
-    smallest = torch.topk(logits, min(k, logits.shape[-1])).values[-1]
-    return logits.masked_fill(logits < smallest, -math.inf)
+    k = min(k, logits.shape[-1])
+    if not logits.is_cpu:
+        return logits.masked_fill(logits < torch.topk(logits, k).values[-1], -math.inf)
+    scores = logits.numpy()
+    candidates = _no_smaller_than_kth(scores, k)
+    values = scores[candidates]
+    return _only(scores, candidates[values >= np.partition(values, -k)[-k]])
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keeps the most probable tokens until their probabilities reach p, the token that reaches it included."""
-    alive = int((logits > -math.inf).sum())  # after top-k this is small, and a full sort of the vocabulary is spared
-    values, order = torch.topk(logits, alive)
-    probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    drop = before >= p
-    drop[0] = False
-    return logits.index_fill(0, order[drop], -math.inf)
+    scores = logits.cpu().numpy()
+    alive = np.flatnonzero(scores > -np.inf)  # after top-k these are few, and a full sort of the vocabulary is spared
+    order = alive[np.argsort(-scores[alive], kind="stable")]
+    probabilities = np.exp(scores[order] - scores[order[0]])
+    probabilities /= probabilities.sum()
+    keep = probabilities.cumsum() - probabilities < p
+    keep[0] = True
+    return _only(scores, order[keep]).to(logits.device)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Keeps what is at least p times as probable as the most probable token."""
-    return logits.masked_fill(logits < logits.max() + math.log(p), -math.inf)
+    scores = logits.cpu().numpy()
+    return _only(scores, np.flatnonzero(scores >= scores.max() + math.log(p))).to(logits.device)
+
+
+def temper(logits: Tensor, temperature: float) -> Tensor:
+    """Logits, less the largest (or a tiny temperature would overflow), over the temperature."""
+    if not logits.is_cpu:
+        return (logits - logits.max()) / temperature
+    scores = logits.numpy()
+    with np.errstate(over="ignore"):  # to -inf, which is right
+        return torch.from_numpy((scores - scores.max()) / np.float32(temperature))
+
+
+def _no_smaller_than_kth(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest of scores [n] and perhaps of some others: of all that reach the k-th largest among the
+    largest of every 256. To look at all of them so takes a fraction of the time that partitioning them does."""
+    blocks = len(scores) // 256
+    if blocks < k:
+        return np.arange(len(scores))
+    most = scores[: 256 * blocks].reshape(blocks, 256).max(-1)
+    return np.flatnonzero(scores >= np.partition(most, -k)[-k])
+
+
+def _only(scores: np.ndarray, kept: np.ndarray) -> Tensor:
+    """Scores with -inf at all but the kept indices."""
+    out = np.full_like(scores, -np.inf)
+    out[kept] = scores[kept]
+    return torch.from_numpy(out)
 
 
 def keep_allowed(logits: Tensor, mask: np.ndarray) -> Tensor:
-    """Keeps the tokens of a mask, bool [vocab]. On a CPU by NumPy, on one thread, as `likeliest`."""
+    """Keeps the tokens of a mask, bool [vocab]."""
     if not logits.is_cpu:
         return logits.masked_fill(torch.from_numpy(~mask).to(logits.device), -math.inf)
     scores = logits.numpy().copy()
@@ -203,8 +239,7 @@ def make_filters(params: SamplingParams) -> list[Filter]:
     """What shapes the distribution that is drawn from; empty under greedy choice."""
     if params.temperature == 0:
         return []
-    # Less the largest first: a tiny temperature would otherwise overflow.
-    found: list[Filter] = [lambda logits: (logits - logits.max()) / params.temperature]
+    found: list[Filter] = [lambda logits: temper(logits, params.temperature)]
     if params.top_k > 0:
         found.append(lambda logits: keep_top_k(logits, params.top_k))
     if params.top_p < 1:
@@ -215,10 +250,7 @@ def make_filters(params: SamplingParams) -> list[Filter]:
 
 
 def likeliest(logits: Tensor) -> list[int]:
-    """The token with the largest score of each row [n, vocab].
-
-    On a CPU by NumPy, on one thread: torch's would wait for the cores on which the kernels' threads spin.
-    """
+    """The token with the largest score of each row [n, vocab]."""
     found: list[int] = (logits.numpy().argmax(-1) if logits.is_cpu else logits.argmax(-1)).tolist()
     return found
 
