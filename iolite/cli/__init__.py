@@ -26,7 +26,7 @@ COMMANDS = {
     "chat": "Talk in the terminal, turn by turn",
     "serve": "Serve a model to other programs: the interfaces of OpenAI, Anthropic and Ollama",
     "transcribe": "Write down what is said in a sound or video file",
-    "train": "Train the embedded model anew",
+    "train": "Train a drafter for a model, or the embedded model anew",
     "eval": "Measure a model on tasks",
     "bench": "Measure how fast a model is on this machine",
     "init": "Make a model of random weights and the true shape, for benchmarks",

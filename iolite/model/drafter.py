@@ -190,8 +190,8 @@ def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
     # wait for their next job, which takes ten times as long as the work.
     rows = scores.numpy()
     chosen = rows.argmax(-1)
-    best = np.take_along_axis(rows, chosen[:, None], -1)
-    return torch.from_numpy(chosen), torch.from_numpy(1 / np.exp(rows - best).sum(-1))
+    largest = np.take_along_axis(rows, chosen[:, None], -1)
+    return torch.from_numpy(chosen), torch.from_numpy(1 / np.exp(rows - largest).sum(-1))
 
 
 def drafts(

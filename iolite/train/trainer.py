@@ -6,7 +6,7 @@ at most `save_every` seconds.
 
 A loop knows nothing of tasks or files of a recipe: it is given a model, parameter groups, a source of batches and a
 function that measures. What is minimised is its subclass's affair: `Trainer` here trains a model on labelled tokens,
-`iolite/train/drafter.py` a drafter.
+`iolite/train/drafter/trainer.py` a drafter.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ from iolite.model.drafter import CachedView, Drafter, drafts
 from iolite.model.prefill import prefill
 from iolite.model.unified import Unified
 from iolite.quant.linear import quantize_
-from iolite.train.drafter import Shape, new_drafter, shaped_config
-from iolite.train.drafter_chains import chains, kept_drafts, unroll
-from iolite.train.drafter_loss import FLOOR, chain_loss, step_weights
-from iolite.train.drafter_measure import Rounds, acceptance, count_rounds, measure, portions
-from iolite.train.drafter_reading import Dialogue, read
+from iolite.train.drafter.chains import chains, kept_drafts, unroll
+from iolite.train.drafter.loss import FLOOR, chain_loss, step_weights
+from iolite.train.drafter.measure import Rounds, acceptance, count_rounds, measure, portions
+from iolite.train.drafter.reading import Dialogue, read
+from iolite.train.drafter.trainer import Shape, new_drafter, shaped_config
 
 Load = Callable[[str], Unified]
 

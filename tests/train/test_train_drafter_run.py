@@ -24,11 +24,11 @@ from iolite.errors import UsageError
 from iolite.generate.model import Model
 from iolite.model.unified import Unified
 from iolite.quant.linear import quantize_
-from iolite.train import drafter_nano
-from iolite.train.drafter import Chaining, DrafterTrainer, Shape, new_drafter, shaped_config
-from iolite.train.drafter_data import Answers, FileSource, Question, read_questions, split, with_paths
-from iolite.train.drafter_measure import measure
-from iolite.train.drafter_reading import Dialogue, read
+from iolite.train.drafter import nano as recipe
+from iolite.train.drafter.data import Answers, FileSource, Question, read_questions, split, with_paths
+from iolite.train.drafter.measure import measure
+from iolite.train.drafter.reading import Dialogue, read
+from iolite.train.drafter.trainer import Chaining, DrafterTrainer, Shape, new_drafter, shaped_config
 from iolite.train.nano import fonts
 from iolite.train.nano.store import SplitSize, StoreSize, build_store
 from iolite.train.trainer import Settings
@@ -217,7 +217,7 @@ def test_the_model_is_not_asked_twice(nano: Model, tmp_path: Path, monkeypatch: 
         assert question.reply == tuple(expected)
     with (tmp_path / "answers.jsonl").open("a") as file:
         file.write('{"key": "cut o')
-    monkeypatch.setattr("iolite.train.drafter_data.answer", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr("iolite.train.drafter.data.answer", lambda *_: pytest.fail("it was asked again"))
     again = Answers(tmp_path / "answers.jsonl", nano, 8)
     assert again.of(questions, lambda *_: None) == found
     with pytest.raises(pytest.fail.Exception, match="asked again"):  # a shorter answer is another one
@@ -255,7 +255,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, espeak: None) -> Path:
 def test_the_shipped_drafter_saves_passes(nano: Model, store: Path) -> None:
     """On a few dozen held-out questions: most of what can be saved, where a fresh drafter saves nothing."""
     seen: list[tuple[int, int]] = []
-    sets = drafter_nano.held_out(nano, store, 12, lambda *step: seen.append(step))
+    sets = recipe.held_out(nano, store, 12, lambda *step: seen.append(step))
     assert seen[-1] == (96, 96)
     assert {name: len(some) for name, some in sets.items()} == dict.fromkeys(sets, 12)
     shipped = load_drafter(nano_folder() / "drafter", dtype=torch.float32)
@@ -269,7 +269,7 @@ def test_the_shipped_drafter_saves_passes(nano: Model, store: Path) -> None:
 
 def test_samples_of_the_recipe(nano: Model, store: Path) -> None:
     """A step's follow from its number, and look as the model is asked in use."""
-    source = drafter_nano.NanoSource(nano, store, 6, seed=0)
+    source = recipe.NanoSource(nano, store, 6, seed=0)
     source.start(3)
     some = source.next_batch(0.0)
     source.start(3)
@@ -284,7 +284,7 @@ def test_samples_of_the_recipe(nano: Model, store: Path) -> None:
 
 
 def test_the_recipe_needs_a_model_that_sees_and_hears(nano: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter_nano.check_target(nano)
+    recipe.check_target(nano)
     monkeypatch.setattr(type(nano.config), "modalities", ("text", "image"))
     with pytest.raises(UsageError, match="does not take audio"):
-        drafter_nano.check_target(nano)
+        recipe.check_target(nano)

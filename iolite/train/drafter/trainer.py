@@ -4,8 +4,8 @@ steps of a chain into the drafter's weights alone.
 
     iolite train drafter --target nano --data nano --out runs/drafter --minutes 25
 
-`drafter_reading.py` has the model's pass, `drafter_chains.py` the chains, `drafter_loss.py` what is minimised,
-`drafter_measure.py` what is measured, and `drafter_data.py` and `drafter_nano.py` where dialogues come from.
+`reading.py` has the model's pass, `chains.py` the chains, `loss.py` what is minimised, `measure.py` what is measured,
+and `data.py` and `nano.py` where dialogues come from.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from iolite.errors import UsageError
 from iolite.generate.model import Model
 from iolite.model.drafter import Drafter
 from iolite.model.unified import Unified
-from iolite.train.drafter_chains import chains, unroll
-from iolite.train.drafter_loss import ChainLoss, chain_loss
-from iolite.train.drafter_measure import Acceptance, count_rounds, measure
-from iolite.train.drafter_reading import Dialogue, Reading, read
+from iolite.train.drafter.chains import chains, unroll
+from iolite.train.drafter.loss import ChainLoss, chain_loss
+from iolite.train.drafter.measure import Acceptance, count_rounds, measure
+from iolite.train.drafter.reading import Dialogue, Reading, read
 from iolite.train.trainer import Loop, Scores, Settings, Source
 
 OUT = "drafter"  # the folder in a run's folder that the finished drafter is written to

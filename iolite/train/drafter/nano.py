@@ -11,8 +11,8 @@ import numpy as np
 
 from iolite.errors import UsageError
 from iolite.generate.model import Model
-from iolite.train.drafter_data import END_OF_TURN, answer
-from iolite.train.drafter_reading import Dialogue
+from iolite.train.drafter.data import END_OF_TURN, answer
+from iolite.train.drafter.reading import Dialogue
 from iolite.train.nano.recipe import stretched
 from iolite.train.nano.store import build_store
 from iolite.train.nano.tasks import TASKS, NanoData, Sample

@@ -13,8 +13,11 @@ from iolite.checkpoint.drafter import check_pair
 from iolite.errors import UsageError
 from iolite.generate.model import Model
 from iolite.model.drafter import Drafter
-from iolite.train import drafter_data, drafter_nano
-from iolite.train.drafter import (
+from iolite.train.drafter import data as files
+from iolite.train.drafter import nano as recipe
+from iolite.train.drafter.measure import Acceptance
+from iolite.train.drafter.reading import Dialogue, read
+from iolite.train.drafter.trainer import (
     Chaining,
     DrafterTrainer,
     Shape,
@@ -24,8 +27,6 @@ from iolite.train.drafter import (
     new_drafter,
     shaped_config,
 )
-from iolite.train.drafter_measure import Acceptance
-from iolite.train.drafter_reading import Dialogue, read
 from iolite.train.trainer import Settings, Source
 
 NANO = "nano"  # in place of a file: the recipe of the embedded model
@@ -142,22 +143,22 @@ def _dialogues(plan: Plan, model: Model, say: Say) -> tuple[Source[list[Dialogue
     """What to learn from, and what to measure with."""
     rows = plan.rows or _ROWS[plan.recipe]
     if plan.recipe:
-        drafter_nano.check_target(model)
-        store = drafter_nano.open_store(plan.store or plan.out / "store", say)
+        recipe.check_target(model)
+        store = recipe.open_store(plan.store or plan.out / "store", say)
         count = plan.held_out or _HELD_OUT
-        sets = drafter_nano.held_out(model, store, count, _counter("held-out answers", say))
-        return drafter_nano.NanoSource(model, store, rows, plan.seed), sets
-    questions = drafter_data.read_questions(Path(plan.data), model, plan.answers == "target")
+        sets = recipe.held_out(model, store, count, _counter("held-out answers", say))
+        return recipe.NanoSource(model, store, rows, plan.seed), sets
+    questions = files.read_questions(Path(plan.data), model, plan.answers == "target")
     lines = len({q.line for q in questions})
-    learnt, kept = drafter_data.split(questions, plan.held_out or min(_MOST_HELD_OUT, max(1, lines // 10)), plan.seed)
-    answers = drafter_data.Answers(plan.out / "answers.jsonl", model, plan.max_tokens)
+    learnt, kept = files.split(questions, plan.held_out or min(_MOST_HELD_OUT, max(1, lines // 10)), plan.seed)
+    answers = files.Answers(plan.out / "answers.jsonl", model, plan.max_tokens)
     measured = answers.of(kept, _counter("held-out answers", say))
     learnt = [q for q in learnt if q.reply is not None] + answers.of(
         [q for q in learnt if q.reply is None], _counter("answers to learn from", say)
     )
     say(f"{len(learnt)} answers to learn from, {len(measured)} to measure with, of {lines} dialogues")
-    sets = {"held out": [Dialogue(drafter_data.build(model, q), q.reply or ()) for q in measured]}
-    return drafter_data.FileSource(model, learnt, rows, plan.seed), sets
+    sets = {"held out": [Dialogue(files.build(model, q), q.reply or ()) for q in measured]}
+    return files.FileSource(model, learnt, rows, plan.seed), sets
 
 
 def _counter(what: str, say: Say) -> Callable[[int, int], None]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iolite.train.drafter_chains import kept_drafts
+from iolite.train.drafter.chains import kept_drafts
 
 FLOOR = 0.1
 

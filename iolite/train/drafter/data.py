@@ -21,7 +21,7 @@ from iolite.errors import IoliteError, UsageError
 from iolite.generate.loop import Decoding
 from iolite.generate.model import Model
 from iolite.prompt import Prompt
-from iolite.train.drafter_reading import Dialogue
+from iolite.train.drafter.reading import Dialogue
 
 END_OF_TURN = "<turn|>"
 

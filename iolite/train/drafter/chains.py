@@ -21,7 +21,7 @@ from iolite.config import SLIDING
 from iolite.model.drafter import Drafter, Look
 from iolite.model.unified import Unified
 from iolite.train.data import dense_attention
-from iolite.train.drafter_reading import Reading
+from iolite.train.drafter.reading import Reading
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 
 from iolite.model.drafter import Drafter
 from iolite.model.unified import Unified
-from iolite.train.drafter_chains import chains, kept_drafts, unroll
-from iolite.train.drafter_reading import Dialogue, read
+from iolite.train.drafter.chains import chains, kept_drafts, unroll
+from iolite.train.drafter.reading import Dialogue, read
 
 _TOKENS = 4096  # of a pass over several dialogues
 _RESAMPLES = 2000

@@ -1,0 +1,1 @@
+"""Training a drafter for a model that stays as it is."""
