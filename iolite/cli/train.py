@@ -153,7 +153,7 @@ def drafter(**settings: Any) -> None:
     target answers. OUT/log.jsonl shows how it goes, OUT/evaluation.json how many tokens a pass of the target brings.
     """
     from iolite.cli.options import load_model
-    from iolite.train.drafter_run import Plan, run
+    from iolite.train.drafter.run import Plan, run
 
     plan = Plan(**{name: settings.pop(name) for name in Plan.__dataclass_fields__})
     plan.check()
