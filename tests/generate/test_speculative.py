@@ -10,6 +10,7 @@ import functools
 import itertools
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from support.compare import TOLERANCE, sample_for
@@ -111,11 +112,6 @@ def test_greedy_answers_with_a_random_drafter_and_copies(load_tiny, tmp_path, na
     assert equal >= 28
 
 
-@pytest.fixture(scope="module")
-def nano() -> iolite.Model:
-    return iolite.load("nano")
-
-
 def test_right_drafts_are_accepted(load_tiny):
     """All of them, and the pass's own token besides: 9 tokens in a pass."""
     network, (prompt,) = load_tiny("published"), prompts_for("published", 1)
@@ -154,22 +150,56 @@ def test_the_same_seed_draws_the_same_tokens(load_tiny, settings):
     assert sum(one.drafting.accepted for one in found) > 50
 
 
-def test_media_prompts_of_the_embedded_model(nano):
-    """Questions with a picture, a recording, both and none, through `Decoding`, with one speculator for all."""
-    import numpy as np
+@pytest.fixture(scope="module")
+def nano() -> iolite.Model:
+    return iolite.load("nano", drafter="auto", dtype="float32", device="cpu")
 
-    rng = np.random.default_rng(0)
-    speculator = Speculator(nano.network, CHEAP)
-    for i, drafts in zip(range(12), itertools.cycle([None, 1, 4, 8]), strict=False):
-        parts = [{"type": "text", "text": "What do you see or hear?"}]
+
+def questions(model: iolite.Model, count: int) -> list[Prompt]:
+    """With a picture, a recording, both and none."""
+    rng, found = np.random.default_rng(0), []
+    asked = ("What do you see or hear?", "Who are you?", "What can you do?", "What is it, and which colour?")
+    for i in range(count):
+        parts = [{"type": "text", "text": asked[i % len(asked)]}]
         if i % 2:
             parts.append({"type": "image", "image": rng.integers(0, 255, (48, 96, 3), np.uint8)})
-        if i % 3:
-            parts.append({"type": "audio", "audio": rng.standard_normal(9000, np.float32) / 20, "sampling_rate": 16000})
-        prompt = nano.prompt([{"role": "user", "content": parts}])
-        settings = {"context": nano.context}
-        params = SamplingParams(temperature=0, max_tokens=24)
-        plain = [token.id for token in Decoding(nano.network, prompt, params, **settings)]
-        found = Decoding(nano.network, prompt, params, **settings, speculator=speculator, drafts=drafts)
+        if i % 3 == 1:
+            sound = rng.standard_normal(9000, np.float32) / 20
+            parts.append({"type": "audio", "audio": sound, "sampling_rate": 16000})
+        found.append(model.prompt([{"role": "user", "content": parts}]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", CACHES)
+def test_greedy_answers_of_the_embedded_model_with_its_drafter(nano, cache):
+    """1 to 8 drafts and as many as pay, 1 to 4 sequences together, answers that go on behind their ends."""
+    prompts, equal, accepted = questions(nano, 40), 0, 0
+
+    class Counted(Speculator):
+        def learn(self, proposal, drawn):
+            nonlocal accepted
+            taken = super().learn(proposal, drawn)
+            accepted += taken
+            return taken
+
+    speculator = Counted(nano.network, CHEAP, nano.speculator.drafter)
+    for turn, drafts in enumerate([(1,), (2, 7), (3, 8, None), (4, 5, 6, None)]):
+        own = prompts[10 * turn : 10 * turn + 10]
+        equal += compare(nano.network, own, lambda plain: speculator, drafts, cache, len(drafts))
+    assert equal >= 38
+    assert accepted > 100
+
+
+def test_answers_of_the_embedded_model_through_the_loop(nano):
+    """One after another, with prefix reuse and one speculator for all, as a conversation has it."""
+    params = SamplingParams(temperature=0, max_tokens=24, stop_ids=frozenset(nano.defaults.eos_token_ids))
+    settings = {"context": nano.context, "prefixes": nano.prefixes}
+    accepted = 0
+    for prompt, drafts in zip(questions(nano, 16) * 2, itertools.cycle([None, 1, 4, 8]), strict=False):
+        plain = [token.id for token in Decoding(nano.network, prompt, params, context=nano.context)]
+        found = Decoding(nano.network, prompt, params, **settings, speculator=nano.speculator, drafts=drafts)
         assert [token.id for token in found] == plain
         assert found.drafting.tokens == len(plain) - 1
+        accepted += found.drafting.accepted
+    assert accepted > 30
