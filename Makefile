@@ -25,7 +25,8 @@ test: lint kernels
 test-fast: .venv/.dev kernels
 	$(BIN)/python -m pytest -m "not slow"
 
-# IOLITE_LLAMA_CPP=/path/to/llama.cpp also runs the tests of its converter, which the Python package lacks.
+# IOLITE_LLAMA_CPP=/path/to/llama.cpp also runs the tests of its converter, which the Python package lacks, and
+# IOLITE_LLAMA_BIN=/path/to/build/bin those of its server's drafting.
 test-peers: .venv/.peers
 	$(BIN)/python -m pytest -m peer
 
