@@ -190,6 +190,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 def temper(logits: Tensor, temperature: float) -> Tensor:
     """Logits, less the largest (or a tiny temperature would overflow), over the temperature."""
+    temperature = max(temperature, 1e-37)  # what is less is 0 in float32, and 0 / 0 for the largest
     if not logits.is_cpu:
         return (logits - logits.max()) / temperature
     scores = logits.numpy()

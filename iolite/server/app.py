@@ -17,7 +17,7 @@ from starlette.responses import Response
 from iolite import __version__
 from iolite.errors import IoliteError
 from iolite.generate.model import Model
-from iolite.server import about, anthropic, ollama, openai
+from iolite.server import about, anthropic, embeddings, manual, ollama, openai, responses, transcriptions
 from iolite.server.answers import Answers, ClientGone
 from iolite.server.bodies import Bodies
 from iolite.server.errors import handle
@@ -26,7 +26,16 @@ from iolite.server.security import Guard
 from iolite.server.service import Service
 from iolite.server.settings import Settings
 
-ROUTERS = (openai.router, anthropic.router, ollama.router, about.router)
+ROUTERS = (
+    openai.router,
+    responses.router,
+    transcriptions.router,
+    embeddings.router,
+    anthropic.router,
+    ollama.router,
+    about.router,
+    manual.router,
+)
 
 
 def make_app(model: Model, settings: Settings, name: str | None = None, port: int | None = None) -> FastAPI:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iolite.errors import MediaError, MessageError
 from iolite.generate.model import Model
 from iolite.messages import normalise
@@ -44,6 +46,8 @@ def _check(source: Any, kind: str, settings: Settings) -> None:
         for frame in source:  # a video as a list of pictures
             _check(frame, "image", settings)
         return
+    if isinstance(source, np.ndarray):
+        return  # samples of our own: JSON holds no arrays
     if source is None:
         raise MessageError(f"a part of type {kind!r} holds nothing")
     if not isinstance(source, str):

@@ -188,3 +188,9 @@ def test_what_is_not_asked_for_is_the_checkpoints_own():
 def test_a_bias_outside_the_vocabulary_is_refused():
     with pytest.raises(UsageError, match="token 97"):
         add_bias([], random_logits(), bias={97: 1.0})
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-30])
+def test_a_temperature_close_to_zero_takes_the_likeliest(temperature):
+    sampler = Sampler(SamplingParams(temperature=temperature, top_p=0.9, seed=0))
+    assert [sampler([0], torch.tensor([1.0, 3.0, 2.0])) for _ in range(5)] == [1] * 5
