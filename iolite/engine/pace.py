@@ -8,7 +8,7 @@ somebody draws, a step reads as many tokens as make it about `SLOWER` times as l
 from __future__ import annotations
 
 SLOWER = 3.0  # a long prompt is then read at two thirds of the speed that it has alone
-LEAST, FIRST = 16, 64  # tokens of a step: never fewer, and before anything was measured
+LEAST, FIRST = 8, 64  # tokens of a step: never fewer, and before anything was measured
 _SETTLES = 0.2  # share of what a new measurement changes
 
 

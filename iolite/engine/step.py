@@ -19,6 +19,7 @@ from torch import Tensor
 from iolite.cache import KVCache
 from iolite.engine.pace import Pace
 from iolite.engine.sequence import Sequence
+from iolite.engine.threads import MUCH, threads
 from iolite.generate.costs import MOST_DRAFTS
 from iolite.generate.passes import check_numbers
 from iolite.generate.speculative import Proposal, Speculator
@@ -60,10 +61,16 @@ class Step:
     def __init__(self, network: Unified, prefixes: PrefixCache, speculator: Speculator | None, pace: Pace) -> None:
         self.network, self.prefixes, self.speculator, self.pace = network, prefixes, speculator, pace
         self.device = network.language_model.embed_tokens.weight.device
+        self._threads = torch.get_num_threads()
+        self._floats = sum(weight.numel() for weight in network.parameters())  # packed ones are the kernels' affair
 
     @torch.inference_mode()
     def __call__(self, drawing: Items[Sequence], share: Callable[[int], list[tuple[Sequence, int]]]) -> Done:
         """Draws on in every sequence of `drawing`; share(most) says whose prompts are read on, and by how much."""
+        with threads(1):
+            return self._go(drawing, share)
+
+    def _go(self, drawing: Items[Sequence], share: Callable[[int], list[tuple[Sequence, int]]]) -> Done:
         begin, done = time.perf_counter(), Done()
         turns = list(self._draw(drawing, done))
         computed = sum(turn.scored for turn in turns)
@@ -137,6 +144,11 @@ class Step:
 
     def _pass(self, turns: Items[Turn]) -> None:
         """One pass of the model for all of them."""
+        tokens = sum(len(turn.part.ids) for turn in turns)
+        with threads(self._threads if tokens * self._floats > MUCH else 1):
+            self._compute(turns)
+
+    def _compute(self, turns: Items[Turn]) -> None:
         if len(turns) == 1 and turns[0].proposal:
             turns[0].found = turns[0].sequence.alone([turns[0].cache], [turns[0].part.ids])
             return

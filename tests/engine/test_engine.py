@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import threading
 import time
@@ -15,10 +16,12 @@ from support.compare import sample_for
 from support.engine import Stepped, assert_same, ids, model_of, plain
 from support.oracle import Image, Text
 
+import iolite
 from iolite.engine.engine import Engine
 from iolite.engine.room import cache_bytes, room_for
 from iolite.engine.step import Step
 from iolite.errors import BusyError, CheckpointError, ContextError, UsageError
+from iolite.generate.loop import Decoding
 from iolite.generate.sampling import SamplingParams
 
 NAME = "published"
@@ -381,6 +384,49 @@ def test_drafts_that_fail_end_one_answer(load_tiny):
 
 
 def test_torch_is_left_as_it_was(model):
-    with Engine(model) as engine:
-        assert len(ids(engine.submit(prompt_of(), SHORT))) == 6
-    assert torch.is_grad_enabled()
+    before, engine = torch.get_num_threads(), Stepped(model)
+    running = engine.submit(prompt_of(), SHORT)
+    engine.finish()
+    assert len(ids(running)) == 6
+    assert (torch.is_grad_enabled(), torch.get_num_threads()) == (True, before)
+
+
+@pytest.mark.parametrize("much", [0, 1_000_000])
+def test_large_passes_compute_on_all_threads(model, monkeypatch, much):
+    """And small ones, and the samplers, on one."""
+    seen, own, compute = [], torch.get_num_threads(), Step._compute
+    monkeypatch.setattr("iolite.engine.step.MUCH", much)
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(Step, "_compute", lambda *given: (seen.append(torch.get_num_threads()), compute(*given)))
+        engine = Stepped(model, slots=2)
+        engine.submit(prompt_of(0, Text(39)), SHORT)
+        engine._step.pace.tokens = lambda drawing: 40
+        engine.finish()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(own)
+    assert seen == ([3] * 6 if not much else [3] + [1] * 5)
+
+
+def test_constraints_see_what_is_drawn_and_nothing_else():
+    """Of several answers at a time each keeps to its own schema, and is the one that it is alone."""
+    model, values, wanted, complete = iolite.load("nano"), ["x", "yy", "zzz"], [], 0
+    schema = {"type": "object", "properties": {"a": {"enum": values}}, "required": ["a"], "additionalProperties": False}
+    for i in range(4):
+        params = model.sampling(temperature=1.0, seed=i, max_tokens=60)
+        wanted.append((model.prompt(f"Question {i}?"), params, None if i == 2 else schema))
+
+    def constraint(prompt, params, schema):
+        return model.constraint(prompt, params, schema=schema)
+
+    with Engine(model, slots=3) as engine:
+        running = [engine.submit(*one[:2], constraint=constraint(*one)) for one in wanted]
+        found = [ids(one) for one in running]
+    for one, answer in zip(wanted, found, strict=True):
+        alone = Decoding(model.network, *one[:2], context=model.context, constraint=constraint(*one))
+        assert answer == [drawn.id for drawn in alone]
+        if one[2] and answer[-1] in one[1].stop_ids:
+            assert json.loads(model.tokenizer.decode(answer[:-1])) in [{"a": value} for value in values]
+            complete += 1
+    assert complete

@@ -52,5 +52,5 @@ def test_few_tokens_say_nothing_about_one():
     pace = Pace(512)
     pace.saw(0, LEAST - 1, 1.0)
     assert pace.token == 0
-    pace.saw(0, LEAST, 1.6)
-    assert pace.token == 0.1
+    pace.saw(0, LEAST, LEAST / 4)
+    assert pace.token == 0.25
