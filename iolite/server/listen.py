@@ -42,7 +42,10 @@ class Listener(uvicorn.Server):
     def run_here(self, ready: Callable[[], None] | None = None) -> None:
         """Serves until a signal or `should_exit` says to stop. ready is called when connections are taken."""
         self._ready = ready
-        self.run([self.socket])
+        try:
+            self.run([self.socket])
+        finally:  # also when it was told to hurry: threads that wait for an answer would keep the process
+            self.app.state.service.answers.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

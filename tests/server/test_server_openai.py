@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import openai
 import pytest
 from support.serving import KEY, base64_of, data_uri
+
+from iolite.server.openai_fields import with_details
 
 WEATHER = {
     "type": "function",
@@ -302,6 +305,20 @@ def test_completions(client):
         client.completions.create(model="x", prompt=["a", "b"])
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="x", prompt="a", echo=True)
+
+
+def test_the_detail_of_a_picture_is_a_number_of_tokens():
+    model = SimpleNamespace(processor=SimpleNamespace(image_budgets=(70, 140, 280, 560, 1120)))
+    found = {}
+    for detail in ("low", "high", "auto", None):
+        part = {"type": "image_url", "image_url": {"url": "data:…"} | ({"detail": detail} if detail else {})}
+        (message,) = with_details(user(part), model)
+        found[detail] = message["content"][0].get("max_soft_tokens")
+    assert found == {"low": 70, "high": 1120, "auto": None, None: None}
+    (message,) = with_details(user({"type": "input_image", "image_url": "data:…", "detail": "high"}), model)
+    assert message["content"][0]["max_soft_tokens"] == 1120
+    own = {"type": "image_url", "image_url": {"url": "data:…", "detail": "high"}, "max_soft_tokens": 140}
+    assert with_details(user(own), model) == user(own)
 
 
 def test_models(client):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 
 import httpx
 import pytest
-from support.serving import KEY, asking, serving
+from support.serving import KEY, asking, serving, wait_for
 
 from iolite.errors import UsageError
 from iolite.server.settings import Settings
@@ -170,20 +171,36 @@ def test_paths_lead_to_no_file(http, path):
     assert "root:" not in found.text
 
 
-def test_the_command_prints_a_link_and_ends_on_sigint():
-    """The real command in a process of its own."""
-    import signal
+def takes_no_connections(base: str) -> bool:
+    try:
+        httpx.get(f"{base}/health")
+    except httpx.ConnectError:
+        return True
+    return False
 
+
+@pytest.mark.parametrize("hurry", [False, True])
+def test_the_command_prints_a_link_and_ends_on_sigint(hurry):
+    """The real command in a process of its own. A second Ctrl+C ends an answer that would take long."""
     command = [sys.executable, "-m", "iolite.cli", "serve", "--port", "0", "--drafter", "none"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "IOLITE_API_KEY"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as process:
         try:
             link = process.stdout.readline().strip()
             base, _, token = link.partition("/?token=")
             assert base.startswith("http://127.0.0.1:") and len(token) >= 32
-            sent = {"messages": [{"role": "user", "content": "who are you?"}]}
-            found = httpx.post(base + CHAT, json=sent, headers={"Authorization": f"Bearer {token}"}, timeout=60)
-            assert json.loads(found.text)["choices"][0]["message"]["content"]
-            process.send_signal(signal.SIGINT)
+            with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {token}"}, timeout=60) as client:
+                sent = {"messages": [{"role": "user", "content": "who are you?"}]}
+                assert client.post(CHAT, json=sent).json()["choices"][0]["message"]["content"]
+                long = {"prompt": "what is", "max_tokens": 4000, "stream": True}
+                with client.stream("POST", "/v1/completions", json=long) as response:
+                    next(response.iter_lines())
+                    if hurry:
+                        process.send_signal(signal.SIGINT)
+                        wait_for(lambda: takes_no_connections(base))
+                        process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGINT)
             _, talk = process.communicate(timeout=60)
         finally:
             process.kill()
