@@ -11,11 +11,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from iolite.server.errors import Problem, problem_of, response_of
+from iolite.errors import BusyError
+from iolite.server.errors import problem_of, response_of
 from iolite.server.settings import Settings
 
 MOST_VALUES = 1_000_000  # lists, objects and commas of a JSON body, those in its texts too; 262,144 tokens have fewer
 PATIENCE = 60.0  # seconds that a client may be silent within its body
+MOST_LARGEST = 8  # bodies of the largest size that may be here at once, or as much in smaller ones
 
 
 class Bodies:
@@ -23,6 +25,7 @@ class Bodies:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
+        self.held = 0  # bytes of all bodies that are here
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -31,21 +34,23 @@ class Bodies:
         headers = MutableHeaders(scope=scope)
         multipart = headers.get("content-type", "").lower().startswith("multipart/")
         counted = self._counted(receive, self.settings.max_upload if multipart else self.settings.max_body)
-        if multipart:
+        if multipart:  # goes to a file as it comes
             await self.app(scope, counted, send)
             return
         # `curl -d` says that its JSON is a form. Keys and origins keep out the pages that such a request could be from.
         headers["content-type"] = "application/json"
+        pieces: list[bytes] = []
         try:
-            body = await self._whole(counted)
-        except HTTPException as error:
+            await self._read(counted, pieces)
+            pieces[:] = [b"".join(pieces)]  # once in memory, not twice
+            if sum(pieces[0].count(mark) for mark in b"[{,") > MOST_VALUES:
+                raise HTTPException(413, f"the request holds more than {MOST_VALUES:,} values")
+        except (HTTPException, BusyError) as error:
             await response_of(scope["path"], problem_of(error))(scope, receive, send)
-            return
-        if sum(body.count(mark) for mark in b"[{,") > MOST_VALUES:
-            problem = Problem(413, f"the request holds more than {MOST_VALUES:,} values")
-            await response_of(scope["path"], problem)(scope, receive, send)
-            return
-        await self.app(scope, self._again(body, receive), send)
+        else:
+            await self.app(scope, self._again(pieces[0], receive), send)
+        finally:
+            self.held -= sum(map(len, pieces))
 
     def _counted(self, receive: Receive, limit: int) -> Receive:
         count = 0
@@ -60,9 +65,10 @@ class Bodies:
 
         return receiving
 
-    async def _whole(self, receive: Receive) -> bytes:
-        pieces = []
-        while True:
+    async def _read(self, receive: Receive, pieces: list[bytes]) -> None:
+        """Adds what comes to the pieces, to its end."""
+        more = True
+        while more:
             try:
                 message = await asyncio.wait_for(receive(), PATIENCE)
             except TimeoutError:
@@ -70,8 +76,10 @@ class Bodies:
             if message["type"] == "http.disconnect":
                 raise HTTPException(400, "the request broke off")
             pieces.append(message.get("body", b""))
-            if not message.get("more_body"):
-                return b"".join(pieces)
+            self.held += len(pieces[-1])
+            if self.held > MOST_LARGEST * self.settings.max_body:
+                raise BusyError("too many large requests are being answered", "send it again later", retry_after=5.0)
+            more = message.get("more_body", False)
 
     def _again(self, body: bytes, receive: Receive) -> Receive:
         given = False

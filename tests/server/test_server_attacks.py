@@ -120,6 +120,34 @@ def test_large_bodies(nano):
         assert http.post("/v1/messages", content=b" " * 10_001).json()["error"]["type"] == "request_too_large"
 
 
+def test_many_large_bodies_at_once(nano, monkeypatch):
+    """A single byte of a ninth is too much while eight are here."""
+    monkeypatch.setattr(bodies, "MOST_LARGEST", 1)
+    with serving(nano, max_body=10_000) as listener, asking(listener) as http:
+        gate, pieces = threading.Event(), []
+
+        def slowly():
+            yield b'{"messages": [{"role": "user", "content": "hi"}]' + b" " * 9_900
+            gate.set()
+            end.wait(60)
+            yield b"}"
+
+        end = threading.Event()
+        first = threading.Thread(target=lambda: pieces.append(httpx.post(
+            listener.url + CHAT, content=slowly(), headers={"x-api-key": KEY}, timeout=60)))  # fmt: skip
+        first.start()
+        assert gate.wait(60)
+        found = http.post(CHAT, content=b" " * 1000)
+        while found.status_code == 400:  # the first one's piece is still on its way
+            found = http.post(CHAT, content=b" " * 1000)
+        assert found.status_code == 429
+        assert "retry-after" in found.headers
+        end.set()
+        first.join(60)
+        assert pieces[0].status_code == 200
+        assert http.post(CHAT, content=b" " * 9_000).status_code == 400
+
+
 def test_many_values(http):
     body = b'{"messages": [' + b"[]," * bodies.MOST_VALUES + b"[]]}"
     assert "values" in refused(http.post(CHAT, content=body))
