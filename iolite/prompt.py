@@ -204,8 +204,7 @@ class PromptBuilder:
 
     def _sound(self, samples: np.ndarray) -> tuple[str, list[Span]]:
         frames = audio_frames(samples, self.processor.audio_samples_per_token)
-        span = Span("audio", 0, len(frames), frames, None, _digest("audio", frames, None))
-        return self._bracket("audio", len(frames)), [span]
+        return self._bracket("audio", len(frames)), [sound_span(frames)]
 
     def _video(self, video: Video, budget: int, sound: bool) -> tuple[str, list[Span]]:
         """Stamped frames as in the reference, then, if asked for, the whole sound track as one recording."""
@@ -219,6 +218,11 @@ class PromptBuilder:
             texts.append(text)
             spans += own
         return " ".join(texts), spans
+
+
+def sound_span(frames: np.ndarray, start: int = 0) -> Span:
+    """The span of a recording: float32 frames [n, samples of a token], whose placeholders begin at start."""
+    return Span("audio", start, len(frames), frames, None, _digest("audio", frames, None))
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -4,6 +4,8 @@
     running = engine.submit(model.prompt(messages), model.sampling(max_tokens=100))
     for drawn in running: ...
 
+`listen` is `submit` for a prompt that somebody is still speaking (`iolite/engine/listening.py`).
+
 Every answer is the one that `Decoding` gives, whoever else is drawing: each has a cache and a sampler of its own, and a
 pass computes every token from its own sequence only.
 """
@@ -16,6 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from types import TracebackType
 
+from iolite.engine.listening import Listening, LiveSequence
 from iolite.engine.pace import Pace
 from iolite.engine.room import ANSWER, cache_bytes, room_for
 from iolite.engine.running import Running
@@ -40,7 +43,8 @@ class Stats:
 
     running: int = 0
     waiting: int = 0
-    submitted: int = 0  # = finished + cancelled + failed + running + waiting
+    listening: int = 0
+    submitted: int = 0  # = finished + cancelled + failed + running + waiting + listening
     refused: int = 0  # because there were too many
     finished: int = 0
     cancelled: int = 0
@@ -56,16 +60,17 @@ class Stats:
 class Engine:
     """Answers of one model, up to `slots` at a time. `close` it, or use it as a context manager."""
 
-    def __init__(self, model: Model, *, slots: int = 4, waiting: int = 64) -> None:
-        """waiting: how many more requests may wait for a place."""
-        for name, value, least in (("slots", slots, 1), ("waiting", waiting, 0)):
+    def __init__(self, model: Model, *, slots: int = 4, waiting: int = 64, listeners: int = 4) -> None:
+        """waiting: how many more requests may wait for a place. listeners: how many may be spoken at once, from their
+        first sound to the end of their answers; they take no slots."""
+        for name, value, least in (("slots", slots, 1), ("waiting", waiting, 0), ("listeners", listeners, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} is {value!r}", f"give a whole number from {least} on")
         self.model, self.prefixes = model, model.prefixes
         room = room_for(model, slots)
         if model.prefix_bytes is None:
             self.prefixes.budget_bytes = room
-        self._scheduler: Scheduler[Sequence] = Scheduler(slots, waiting, room)
+        self._scheduler: Scheduler[Sequence] = Scheduler(slots, waiting, room, listeners)
         self._step = Step(model.network, self.prefixes, model.speculator, Pace(model.chunk))
         self._stats = Stats()
         self._usual = 1.0  # seconds that an answer has a place for
@@ -112,12 +117,46 @@ class Engine:
             self._changed.notify()
         return running
 
+    def listen(
+        self,
+        template: Prompt,
+        params: SamplingParams,
+        *,
+        drafts: int | None = None,
+        constraint: Constraint | None = None,
+        most: int | None = None,
+    ) -> Listening:
+        """Begins to read a prompt whose last recording is still to come: the one in `template` only holds its place.
+
+        most: frames of it, by default as many as the model was made for. Whoever has it commits or cancels it. Raises
+        as `submit` does; it never waits, so BusyError comes where the listeners' places or their memory are taken.
+        """
+        check_drafts(drafts, self.model.speculator)
+        sampler = Sampler(params, constraint)
+        running = Running(template, params, params.max_tokens, lambda: self._cancel(sequence))
+        most = self.model.processor.audio_seq_length if most is None else most
+        listening = Listening(template, most, self.model.context, running, self._wake)
+        size = cache_bytes(self.model, len(template.ids) + listening.most + min(params.max_tokens, ANSWER))
+        sequence = LiveSequence(listening, sampler, drafts, size, self.model.network)
+        with self._changed:
+            self._check_open()
+            if not self._scheduler.listen(sequence):
+                self._count(refused=1)
+                hint = "try again when one of them has ended"
+                raise BusyError("as many speak already as are listened to", hint, retry_after=max(1.0, self._usual))
+            self._count(submitted=1)
+            self._changed.notify()
+        return listening
+
     def stats(self) -> Stats:
         with self._changed:
-            running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-            broken = self._broken is not None
             return replace(
-                self._stats, running=running, waiting=waiting, broken=broken, cache_bytes=self.prefixes.num_bytes
+                self._stats,
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                listening=len(self._scheduler.live),
+                broken=self._broken is not None,
+                cache_bytes=self.prefixes.num_bytes,
             )
 
     def close(self, seconds: float = 0.0) -> None:
@@ -144,7 +183,12 @@ class Engine:
             if sequence in self._scheduler.waiting:
                 self._scheduler.remove(sequence)
                 self._count(cancelled=1)
-                self._changed.notify()
+            self._changed.notify()
+
+    def _wake(self) -> None:
+        """There may be something to do."""
+        with self._changed:
+            self._changed.notify()
 
     def _run(self) -> None:
         try:
@@ -159,21 +203,42 @@ class Engine:
     def _goes_on(self) -> bool:
         """Waits until there is something to do; False when it is time to end."""
         with self._changed:
-            while not len(self._scheduler) and self._closes is None:
+            while not self._stirs() and self._closes is None:
                 self._changed.wait()
-            return len(self._scheduler) > 0 and (self._closes is None or time.monotonic() < self._closes)
+            return self._stirs() and (self._closes is None or time.monotonic() < self._closes)
+
+    def _stirs(self) -> bool:
+        """Whether a step would do anything: nothing is done for somebody who is silent."""
+        return len(self._scheduler) > 0 or any(sequence.stirs for sequence in self._live())
 
     def step(self) -> None:
         """One pass: the engine's thread does nothing else."""
-        for sequence in self._running():
+        for sequence in (*self._live(), *self._running()):
             if sequence.running.cancelled:
                 self._leave(sequence, whole=True, cancelled=1)
         self._enter()
+        self._listen()
         drawing = [sequence for sequence in self._running() if not sequence.unread]
         self._settle(self._step(drawing, self._scheduler.share))
 
     def _running(self) -> list[Sequence]:
         return list(self._scheduler.running)
+
+    def _live(self) -> list[LiveSequence]:
+        return [sequence for sequence in list(self._scheduler.live) if isinstance(sequence, LiveSequence)]
+
+    def _listen(self) -> None:
+        """Takes over what was heard since the last step."""
+        for sequence in self._live():
+            try:
+                sequence.listen(self.prefixes)
+            except Exception as error:
+                self._fail(sequence, error)
+                continue
+            if sequence.whole:
+                self._note(sequence)
+                with self._changed:
+                    self._scheduler.heard(sequence)
 
     def _enter(self) -> None:
         with self._changed:
@@ -184,10 +249,14 @@ class Engine:
             except Exception as error:
                 self._fail(sequence, error)
                 continue
-            if self.model.speculator and sequence.drafts != 0:
-                sequence.running.drafting = sequence.continuation.drafting
-            with self._changed:
-                self._count(cached_tokens=sequence.lease.reused)
+            self._note(sequence)
+
+    def _note(self, sequence: Sequence) -> None:
+        """Of one that has all it needs to be drawn."""
+        if self.model.speculator and sequence.drafts != 0:
+            sequence.running.drafting = sequence.continuation.drafting
+        with self._changed:
+            self._count(cached_tokens=sequence.lease.reused)
 
     def _settle(self, done: Done) -> None:
         """Lets go of those who are through with a step."""
@@ -216,7 +285,7 @@ class Engine:
         """Nobody waits for an answer that will not come."""
         with self._changed:
             self._closes = self._closes or time.monotonic()
-            left = [*self._scheduler.running, *self._scheduler.waiting]
+            left = [*self._scheduler.running, *self._scheduler.waiting, *self._scheduler.live]
             for sequence in left:
                 self._scheduler.remove(sequence)
             cancelled = sum(sequence.running.cancelled for sequence in left)

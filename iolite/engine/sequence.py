@@ -26,6 +26,7 @@ class Sequence:
         self.running, self.sampler, self.drafts, self.bytes = running, sampler, drafts, bytes
         self.alone = Passes(network)  # for steps in which nobody else takes part
         self.restarts = 0
+        self.whole = True  # there will be no more to read than there is
         self._source = running.prompt  # what is read before the next token is drawn
         self._lease: Lease | None = None
         self._continuation: Continuation | None = None

@@ -115,7 +115,8 @@ class Step:
     def _read(self, shares: Items[tuple[Sequence, int]]) -> Iterator[Turn]:
         for sequence, tokens in shares:
             sequence.lease.before_pass(tokens)
-            yield Turn(sequence, sequence.part(tokens), int(tokens == sequence.unread))
+            last = sequence.whole and tokens == sequence.unread
+            yield Turn(sequence, sequence.part(tokens), int(last))
 
     def _run(self, turns: Items[Turn], done: Done) -> None:
         """Finds what the pass gives each turn. Those for which it gave nothing have failed, or begin again."""

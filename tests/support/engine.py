@@ -66,7 +66,7 @@ class Stepped(Engine):
 
     def finish(self) -> None:
         """Steps until there is nothing more to do."""
-        while len(self._scheduler):
+        while self._stirs():
             self.step()
 
 
