@@ -20,7 +20,7 @@ from iolite.generate.model import Model
 from iolite.server import about, anthropic, embeddings, manual, ollama, openai, responses, transcriptions
 from iolite.server.answers import Answers, ClientGone
 from iolite.server.bodies import Bodies
-from iolite.server.errors import handle
+from iolite.server.errors import Faults, handle
 from iolite.server.metrics import Counting, Meters
 from iolite.server.security import Guard
 from iolite.server.service import Service
@@ -62,12 +62,13 @@ def make_app(model: Model, settings: Settings, name: str | None = None, port: in
             Middleware(Guard, settings=settings, port=port or settings.port),
             *_cors(settings),
             Middleware(Bodies, settings=settings),
+            Middleware(Faults),
         ],
     )
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router)
-    for error in (IoliteError, HTTPException, RequestValidationError, RecursionError, Exception):
+    for error in (IoliteError, HTTPException, RequestValidationError, RecursionError):
         app.add_exception_handler(error, handle)
     app.add_exception_handler(ClientGone, _nobody)
     return app

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from iolite.errors import BusyError, ContextError, IoliteError, MediaError, MessageError, UsageError
 from iolite.server.wire import json_response
@@ -96,5 +97,29 @@ def response_of(path: str, problem: Problem) -> Response:
 
 
 async def handle(request: Request, error: Exception) -> Response:
-    """FastAPI's handler of every exception."""
+    """FastAPI's handler of the exceptions that requests cause."""
     return response_of(request.url.path, problem_of(error))
+
+
+class Faults:
+    """Answers a request that meets a bug of ours. Left to the framework, the connection would be closed behind the
+    answer, and a client that keeps it would lose its next request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception as error:
+            problem = problem_of(error)
+            if begun or scope["type"] != "http":
+                raise
+            await response_of(scope["path"], problem)(scope, receive, send)

@@ -315,7 +315,8 @@ def test_an_error_of_ours_tells_the_client_nothing(nano, monkeypatch, capfd):
         monkeypatch.setattr(Answers, "_prompt", fail)
         for path in (CHAT, "/v1/messages", "/api/chat"):
             body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-            found = http.post(path, json=body)
-            assert found.status_code == 500
-            assert "secret" not in found.text
+            for _ in range(3):  # over one connection, which stays
+                found = http.post(path, json=body)
+                assert found.status_code == 500
+                assert "secret" not in found.text
     assert f"secret {KEY}" in capfd.readouterr().err
