@@ -184,16 +184,18 @@ class StopStrings:
         self.stops = stops
         self.held = ""
         self.found = False
+        self.match: str | None = None  # which one it was
 
     def push(self, text: str) -> str:
         """More text comes in, what is safe to show comes out; after a stop string was found, nothing does."""
         if self.found or not self.stops:
             return "" if self.found else text
         text = self.held + text
-        starts = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        starts = [(at, stop) for at, stop in ((text.find(stop), stop) for stop in self.stops) if at >= 0]
         if starts:
             self.found, self.held = True, ""
-            return text[: min(starts)]
+            at, self.match = min(starts)
+            return text[:at]
         keep = max(self._overlap(text, stop) for stop in self.stops)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -72,6 +72,11 @@ class ReplyStream:
         """The calls that have come to their end so far; each is here when its `ToolCallEnd` comes."""
         return tuple(self._calls)
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that the answer ended at, if it did."""
+        return self._stops.match
+
     def run(self) -> Reply:
         """Reads to the end."""
         for _ in self._events:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request
 
 from iolite.engine.engine import Engine
+from iolite.engine.listening import Listening
 from iolite.engine.running import Running
 from iolite.errors import BusyError
 from iolite.generate.grammar import Constraint
@@ -34,6 +35,7 @@ from iolite.server.sources import check_sources, guarded
 from iolite.text.stream import ContentDelta, Event, ReasoningDelta, ToolCallEnd
 
 T = TypeVar("T")
+B = TypeVar("B", "Answer", Listening)
 Item = ContentDelta | ReasoningDelta | ToolCall | Reply
 """Of one answer: text, thoughts, whole calls that may be run, and last the reply."""
 
@@ -68,6 +70,8 @@ class Stream(Protocol):
 
     @property
     def reply(self) -> Reply: ...
+    @property
+    def stopped_by(self) -> str | None: ...
     def __iter__(self) -> Any: ...
 
 
@@ -76,33 +80,61 @@ class Answers:
 
     def __init__(self, model: Model, settings: Settings, meters: Meters) -> None:
         self.model, self.settings, self.meters = guarded(model, settings), settings, meters
-        self._engine = Engine(self.model, slots=settings.slots, waiting=settings.waiting)
+        self._engine = Engine(self.model, slots=settings.slots, waiting=settings.waiting, listeners=settings.slots)
         self._most = settings.slots + settings.waiting
         self._preparing = ThreadPoolExecutor(PREPARING, "prompt")
         self._reading = ThreadPoolExecutor(self._most, "answer")
         self._open: set[Answer] = set()
         meters.watch(self._engine.stats)
         self._places = 0  # taken by answers that are open or on their way
+        self.sessions = 0  # WebSockets that are open
         self.stopping = False
         self._hurried = False
 
     async def start(self, ask: Ask) -> Answer:
         """Begins to answer. Every mistake in the request is raised here, BusyError when there is no room."""
-        if self.stopping:
-            raise StoppingError("the server is about to stop")
-        if self._places + ask.choices > self._most:
-            raise BusyError(f"all {self._most} places are taken", "ask again a little later", retry_after=5.0)
-        self._places += ask.choices
         loop = asyncio.get_running_loop()
-        begun = loop.run_in_executor(self._preparing, self._begin, ask, loop)
-        try:
-            answer = await asyncio.shield(begun)
-        except BaseException:
-            begun.add_done_callback(_abandon)
-            self.leave(ask.choices)
-            raise
+        answer = await self._begun(ask.choices, lambda: self._begin(ask, loop))
         self._open.add(answer)
         return answer
+
+    async def listen(self, ask: Ask, template: Prompt) -> Listening:
+        """Begins to hear what takes the place of the last recording in a prompt. Whoever has it gives it to
+        `answer_to` or `forget`; a mistake is raised here, BusyError when there is no room."""
+
+        def begin() -> Listening:
+            params = self.sampling(ask)
+            return self._engine.listen(template, params, constraint=self._constraint(ask, template, params))
+
+        return await self._begun(1, begin)
+
+    async def answer_to(self, ask: Ask, listening: Listening) -> Answer:
+        """What was heard is all, and is answered."""
+        running = await asyncio.to_thread(listening.commit)
+        answer = Answer(self, asyncio.get_running_loop(), [running])
+        self._open.add(answer)
+        self._reading.submit(answer.read, 0, self._stream(ask, running, 0.0))
+        return answer
+
+    def forget(self, listening: Listening) -> None:
+        """It is not answered."""
+        listening.cancel()
+        self.leave(1)
+
+    async def _begun(self, places: int, begin: Callable[[], B]) -> B:
+        """What begin() makes on one of the threads that make prompts, in that many places of its own."""
+        if self.stopping:
+            raise StoppingError("the server is about to stop")
+        if self._places + places > self._most:
+            raise BusyError(f"all {self._most} places are taken", "ask again a little later", retry_after=5.0)
+        self._places += places
+        begun = asyncio.get_running_loop().run_in_executor(self._preparing, begin)
+        try:
+            return await asyncio.shield(begun)
+        except BaseException:
+            begun.add_done_callback(_abandon)
+            self.leave(places)
+            raise
 
     async def prompt(self, ask: Ask) -> Prompt:
         """The prompt of a request that asks for no answer."""
@@ -203,6 +235,7 @@ class Answer:
         self._answers, self._loop, self._runnings = answers, loop, runnings
         self._items: asyncio.Queue[tuple[int, Item | BaseException]] = asyncio.Queue()
         self._closed = False
+        self.stopped_by: dict[int, str | None] = {}  # which stop string ended the answers that are complete
 
     @property
     def prompt_tokens(self) -> int:
@@ -215,6 +248,7 @@ class Answer:
                 item = _item(event, stream)
                 if item is not None:
                     self._put(choice, item)
+            self.stopped_by[choice] = stream.stopped_by
             self._put(choice, stream.reply)
         except BaseException as error:
             self._put(choice, error)
@@ -279,8 +313,8 @@ def _item(event: Event, stream: Stream) -> Item | None:
     return event if isinstance(event, ContentDelta | ReasoningDelta) else None
 
 
-def _abandon(begun: asyncio.Future[Answer]) -> None:
-    """Ends answers that were begun for somebody who has left meanwhile."""
+def _abandon(begun: asyncio.Future[B]) -> None:
+    """Ends what was begun for somebody who has left meanwhile."""
     if not begun.cancelled() and not begun.exception():
         begun.result().cancel()
 

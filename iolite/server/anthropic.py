@@ -40,7 +40,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         failed = lambda problem: event(body_of(MESSAGES, problem), "error")  # noqa: E731
         return Streamed(answer, _events(answer, service), failed, headers=headers)
     (reply,) = await answer.replies(request)
-    message = _message(service, _blocks(reply), _usage(reply)) | _end(reply)
+    message = _message(service, _blocks(reply), _usage(reply)) | _end(reply, answer)
     return json_response(message, headers=headers)
 
 
@@ -75,8 +75,11 @@ def _usage(reply: Reply) -> dict[str, int]:
     }
 
 
-def _end(reply: Reply) -> dict[str, Any]:
-    end = {"stop_reason": _REASONS[reply.finish_reason], "stop_sequence": None}
+def _end(reply: Reply, answer: Answer) -> dict[str, Any]:
+    sequence = answer.stopped_by[0]
+    stopped = sequence is not None and reply.finish_reason == "stop"
+    reason = "stop_sequence" if stopped else _REASONS[reply.finish_reason]
+    end = {"stop_reason": reason, "stop_sequence": sequence}
     return end | ({"notice": reply.notice} if reply.notice else {})
 
 
@@ -124,7 +127,7 @@ async def _events(answer: Answer, service: Service) -> AsyncIterator[str]:
             yield _event("content_block_stop", index=index)
             kind = ""
         if isinstance(item, Reply):
-            yield _event("message_delta", delta=_end(item), usage=_usage(item))
+            yield _event("message_delta", delta=_end(item, answer), usage=_usage(item))
             continue
         if not kind:
             index, kind = index + 1, opening["type"]

@@ -18,6 +18,7 @@ class PlainStream:
         self._decoding, self._tokenizer, self._prepare_seconds = decoding, tokenizer, prepare_seconds
         self._text: list[str] = []
         self._reason = "stop"
+        self.stopped_by: str | None = None  # a stop string
 
     def __iter__(self) -> Iterator[ContentDelta]:
         text, stops = TokenStream(self._tokenizer), StopStrings(self._decoding.params.stop)
@@ -26,7 +27,7 @@ class PlainStream:
             if drawn.id not in self._decoding.params.stop_ids:
                 yield from self._show(stops.push(text.push(drawn.id)))
             if stops.found:
-                self._reason = "stop"
+                self._reason, self.stopped_by = "stop", stops.match
                 return
         yield from self._show(stops.push(text.flush()) + stops.flush())
 

@@ -57,7 +57,9 @@ def test_system_length_and_stop(client):
     cut = ask(client, plain, max_tokens=2)
     assert cut.stop_reason == "max_tokens"
     word = whole.split()[1]
-    assert ask(client, plain, stop_sequences=[word]).content[0].text == whole[: whole.index(word)]
+    stopped = ask(client, plain, stop_sequences=["never said", word])
+    assert stopped.content[0].text == whole[: whole.index(word)]
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
     for system in ("be brief", [{"type": "text", "text": "be brief"}]):
         asked = client.messages.count_tokens(model="c", messages=plain, system=system).input_tokens
         assert asked > client.messages.count_tokens(model="c", messages=plain).input_tokens
