@@ -51,8 +51,8 @@ class Drafting:
     seconds: float = 0.0  # of drafts and passes
     plain_seconds: float = 0.0  # what as many tokens take one by one, by the measured cost of a pass
 
-    def add(self, drafted: int, accepted: int, tokens: int, seconds: float, plain_seconds: float) -> None:
-        """One pass: how long it took with its drafts, and how long a plain one takes."""
+    def add(self, drafted: int, accepted: int, tokens: int, seconds: float = 0.0, plain_seconds: float = 0.0) -> None:
+        """One pass: how long it took with its drafts, and how long a plain one takes; both 0 if it was not timed."""
         self.passes += 1
         self.drafted += drafted
         self.accepted += accepted

@@ -29,6 +29,7 @@ from iolite.generate.passes import Passes
 from iolite.model.drafter import Chains, Drafter
 from iolite.model.unified import Unified
 
+_IDLE, _SHORT = 4, 0.01  # rounds without a draft; seconds of a pass
 _MARGIN = 1.1  # how much more than it costs the first draft must bring: costs and chances are estimates
 
 
@@ -66,9 +67,16 @@ class Speculator:
         """Without a drafter all drafts are copies out of the text so far; copies=False leaves these out."""
         self.network, self.costs, self.drafter, self.copies = network, costs, drafter, copies
         self.acceptance = Acceptance()
+        self._idle = 0  # rounds since the last that proposed something
 
     def round(self, run: Passes, sequences: Sequence[Continuation]) -> list[list[int]]:
         """Draws on in every sequence, none of which may be over, in one pass: one token each, at least."""
+        if len(sequences) == 1 and self._rests(sequences[0]):
+            (sequence,) = sequences
+            drawn = sequence.take((), *run([sequence.cache], [sequence.ids[-1:]]))
+            sequence.drafting.add(0, 0, len(drawn))
+            self._idle += 1
+            return [drawn]
         begin = time.perf_counter()
         proposals = self.propose(sequences)
         contexts = [sequence.cache.length for sequence in sequences]
@@ -94,10 +102,16 @@ class Speculator:
         seconds: of drafts and pass; plain: what a pass without drafts takes. Both 0 where the pass was also for
         something else.
         """
+        self._idle = 0 if proposal.tokens else self._idle + 1
         drawn = sequence.take(proposal.tokens, hidden, logits)
         accepted = self.learn(proposal, drawn)
         sequence.drafting.add(len(proposal.tokens), accepted, len(drawn), seconds, plain)
         return drawn
+
+    def _rests(self, sequence: Continuation) -> bool:
+        """Whether not even to think about drafts in this round: in three of four where there were none for a while and
+        a pass is so short that thinking takes a share of it."""
+        return sequence.drafts is None and self._idle >= _IDLE and self._idle % 4 != 0 and self.costs.passes[0] < _SHORT
 
     @torch.inference_mode()
     def propose(self, sequences: Sequence[Continuation]) -> list[Proposal]:
