@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 
 import httpx
@@ -72,6 +73,23 @@ def test_a_full_queue_says_when_to_come_back(script):
             thread.join(60)
         assert [response.status_code for response in found] == [200, 200]
         wait_for(lambda: is_idle(listener))
+
+
+def test_answers_are_sent_at_once(nano, monkeypatch):
+    """Without TCP_NODELAY the second packet of every answer waits for the client's word on the first."""
+    found = []
+    with serving(nano) as listener, asking(listener) as http:
+        protocol = listener.config.http_protocol_class
+        made = protocol.connection_made
+
+        def noted(self, transport):
+            found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            made(self, transport)
+
+        monkeypatch.setattr(protocol, "connection_made", noted)
+        http.get("/health")
+    assert found
+    assert all(found)
 
 
 def test_pings_while_nothing_comes(script):
