@@ -41,13 +41,7 @@ class Listening:
         span = _last_sound(template)
         self.opening = part_of(template, 0, span.start)
         self.mark, self.closing = template.ids[span.start], template.ids[span.stop :]
-        around = len(self.opening.ids) + len(self.closing)
-        self.most = min(most, context - 1 - around)
-        if self.most < 1:
-            raise ContextError(
-                f"the conversation has {around} tokens, which leaves no room for a recording in a context of {context}",
-                "begin a new one, or load the model with a larger context",
-            )
+        self.most = frames_that_fit(template, most, context)
         self.running = running
         self._frames = np.empty((self.most, span.array.shape[1]), np.float32)  # takes memory as it is written to
         self._heard, self._committed, self._context = 0, False, context
@@ -176,6 +170,18 @@ class LiveSequence(Sequence):
             else:
                 prefixes.drop(self.lease)
             self._lease = None
+
+
+def frames_that_fit(template: Prompt, most: int, context: int) -> int:
+    """How long the recording may become whose place the last one in a prompt holds: `most` frames, or what the context
+    leaves; ContextError where that is nothing."""
+    around = len(template.ids) - _last_sound(template).length
+    if context - 1 - around < 1:
+        raise ContextError(
+            f"the conversation has {around} tokens, which leaves no room for a recording in a context of {context}",
+            "begin a new one, or load the model with a larger context",
+        )
+    return min(most, context - 1 - around)
 
 
 def _last_sound(template: Prompt) -> Span:

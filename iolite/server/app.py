@@ -17,7 +17,7 @@ from starlette.responses import Response
 from iolite import __version__
 from iolite.errors import IoliteError
 from iolite.generate.model import Model
-from iolite.server import about, anthropic, embeddings, manual, ollama, openai, responses, transcriptions
+from iolite.server import about, anthropic, embeddings, live, manual, ollama, openai, responses, transcriptions
 from iolite.server.answers import Answers, ClientGone
 from iolite.server.bodies import Bodies
 from iolite.server.errors import Faults, handle
@@ -30,6 +30,7 @@ ROUTERS = (
     openai.router,
     responses.router,
     transcriptions.router,
+    live.router,
     embeddings.router,
     anthropic.router,
     ollama.router,

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +15,17 @@ from support.compare import assert_near, sample_for
 from support.engine import Stepped, assert_same, ids, model_of, plain
 from support.oracle import Audio, Image, Text
 
+import iolite
 from iolite.engine.engine import Engine
 from iolite.engine.listening import LiveSequence
 from iolite.engine.step import Step
 from iolite.errors import BusyError, CheckpointError, ContextError, UsageError
 from iolite.generate.loop import prompt_logits
 from iolite.generate.sampling import SamplingParams
+from iolite.media.audio import audio_frames, decode_audio
 from iolite.prompt import sound_span
 
+DIGITS = Path(__file__).parents[2] / "docs" / "demo" / "digits.wav"
 NAME = "published"
 PARAMS = SamplingParams(temperature=0, max_tokens=8)
 
@@ -337,3 +341,29 @@ def test_from_threads(model):
         wait_until(lambda: idle(engine))
     for i, (whole, _, _) in enumerate(talks):
         assert_same(model, whole, PARAMS, found[i], expected[i])
+
+
+def test_the_embedded_model_hears_the_same_words():
+    """In float32: the same scores for a recording as it is spoken as for the whole file, and the same answer."""
+    model = iolite.load("nano", dtype="float32")
+    samples = decode_audio(str(DIGITS))
+
+    def prompt(sound):
+        text = {"type": "text", "text": model.processor.transcribe_prompt}
+        sound = {"type": "audio", "audio": sound, "sampling_rate": 16_000}
+        return model.prompt([{"role": "user", "content": [text, sound]}])
+
+    whole, params, seen = prompt(samples), model.sampling(temperature=0, max_tokens=16), []
+    expected, scores = plain(model, whole, params), prompt_logits(model.network, whole)[-1]
+    with Engine(model) as engine:
+        listening = engine.listen(prompt(samples[:640]), params)
+        for frame in audio_frames(samples):
+            listening.hear(frame[None])
+        wait_until(lambda: engine.stats().prompt_tokens == len(whole.ids) - len(listening.closing))
+        real = model.network.logits
+        model.network.logits = lambda hidden: seen.append(real(hidden)) or seen[-1]
+        running = listening.commit()
+        assert ids(running) == expected
+    assert running.prompt.ids == whole.ids
+    assert_near(seen[0], scores[None])
+    assert model.tokenizer.decode(expected[:-1]) == "309"
