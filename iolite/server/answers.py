@@ -263,7 +263,9 @@ class Answer:
         left = len(self._runnings)
         while left:
             try:
-                choice, item = await asyncio.wait_for(self._items.get(), self._answers.settings.ping)
+                # Not `wait_for`, which in Python 3.11 forgets that it was cancelled when an item comes just then.
+                async with asyncio.timeout(self._answers.settings.ping):
+                    choice, item = await self._items.get()
             except TimeoutError:
                 yield 0, None
                 continue

@@ -70,7 +70,8 @@ class Bodies:
         more = True
         while more:
             try:
-                message = await asyncio.wait_for(receive(), PATIENCE)
+                async with asyncio.timeout(PATIENCE):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"nothing came for {PATIENCE:.0f} s") from None
             if message["type"] == "http.disconnect":

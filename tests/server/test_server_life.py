@@ -50,6 +50,27 @@ def test_a_client_that_goes_away_ends_its_answer(script, scripted):
         assert http.post(CHAT, json=QUESTION).json()["choices"][0]["message"]["content"] == "still here"
 
 
+def test_clients_that_go_away_while_tokens_come(nano):
+    """Of many, each ends its answer: none is drawn to its end."""
+
+    def leave() -> None:
+        sent = {"prompt": "what is", "max_tokens": 4000}
+        for tenths in range(8):
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.post(f"{url}/v1/completions", json=sent, headers={"x-api-key": KEY}, timeout=0.05 + 0.02 * tenths)
+
+    with serving(nano) as listener:
+        url = listener.url
+        threads = [threading.Thread(target=leave) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        wait_for(lambda: is_idle(listener))
+        assert stats(listener).submitted > 5
+        assert stats(listener).finished == 0
+
+
 def test_a_full_queue_says_when_to_come_back(script):
     with serving(script.model, slots=1, waiting=1) as listener, asking(listener) as http:
         hold(script)
