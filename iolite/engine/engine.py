@@ -143,7 +143,8 @@ class Engine:
             if not self._scheduler.listen(sequence):
                 self._count(refused=1)
                 hint = "try again when one of them has ended"
-                raise BusyError("as many speak already as are listened to", hint, retry_after=max(1.0, self._usual))
+                after = min(_LONGEST_RETRY, max(1.0, self._usual))
+                raise BusyError("as many speak already as are listened to", hint, retry_after=after)
             self._count(submitted=1)
             self._changed.notify()
         return listening

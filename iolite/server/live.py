@@ -2,8 +2,8 @@
 
 The client sends text messages, JSON objects with a `type`, and binary ones: PCM, 16-bit little-endian, mono, 16 kHz.
 
-    start     the fields of a chat request, whose messages come before what is spoken, and those of `Start`; first of
-              all, and again for other settings or another conversation
+    start     the fields of a chat request, whose messages come before what is spoken, and those of `Start`
+              (`live_fields.py`); first of all, and again for other settings or another conversation
     (sound)   any number of whole samples, at about the speed of speech
     commit    the speaker has ended
     clear     what was heard and is not answered yet is forgotten
@@ -20,28 +20,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, WebSocket
-from pydantic import Field, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from iolite.engine.listening import Listening, frames_that_fit
 from iolite.errors import BusyError, UsageError
-from iolite.generate.reply import Reply, ToolCall
-from iolite.media.speech_end import FAINTEST, SILENCE, SpeechEnd
+from iolite.generate.reply import Reply
+from iolite.media.speech_end import SpeechEnd
 from iolite.prompt import Prompt
-from iolite.server.answers import Answer, Ask, ClientGone, Item
+from iolite.server.answers import Answer, Ask, ClientGone
 from iolite.server.errors import body_of, problem_of
-from iolite.server.fields import Message, ignored
-from iolite.server.openai import timings
-from iolite.server.openai_fields import ChatRequest
+from iolite.server.fields import ignored
+from iolite.server.live_fields import Start, parsed, samples_of, settings_of, shown
 from iolite.server.service import Service
 from iolite.server.wire import to_json
-from iolite.text.stream import ContentDelta, ReasoningDelta
 
 router = APIRouter()
 PATH = "/v1/live"
@@ -51,22 +47,6 @@ MOST_MESSAGES = 4096  # that may wait; small ones of 10 ms fill 30 seconds with 
 SLOWEST = 2  # times as long as its sound is a recording may take to come
 Reason = Literal["silence", "commit", "limit", "time"]
 _CLOSING = {400: 1007, 413: 1009, 429: 1013, 503: 1012}  # HTTP statuses as WebSockets' codes; else 1011
-
-
-class Start(ChatRequest):
-    """How what is spoken is understood and answered.
-
-    text: is read before the sound, in the same message. silence_ms: of quiet after speech that end it, null: only
-    commit does, and everything is heard. faintest_db: of full scale, what is below is never speech. conversation:
-    whether what was said and answered comes before what is said next.
-    """
-
-    type: Literal["start"]
-    messages: Annotated[list[Message], Field(max_length=10_000)] = Field(default_factory=list)
-    text: Annotated[str, Field(max_length=100_000)] | None = None
-    silence_ms: Annotated[int, Field(ge=80, le=10_000)] | None = round(1000 * SILENCE)
-    faintest_db: Annotated[float, Field(ge=-90, le=0)] = FAINTEST
-    conversation: bool = True
 
 
 @router.websocket(PATH)
@@ -84,6 +64,8 @@ class Session:
         self._coming: asyncio.Queue[bytes | dict[str, Any]] = asyncio.Queue(MOST_MESSAGES)
         self._waiting = 0  # bytes of sound among them
         self._start: Start | None = None
+        self._ear, self._ask, self._template = SpeechEnd(), Ask(), Prompt([], "")  # until there is a start
+        self._frame_ms = 0.0
         self._messages: list[Any] = []  # what was said before
         self._listening: Listening | None = None
         self._deadline: float | None = None  # on the loop's clock, of what is being heard
@@ -144,7 +126,7 @@ class Session:
                 raise ClientGone
             sound = message.get("bytes")
             if sound is None:
-                command = _parsed(message.get("text") or "")
+                command = parsed(message.get("text") or "")
                 if command["type"] != "stop":
                     self._put(command)
                 elif self._answer:
@@ -172,7 +154,7 @@ class Session:
                 async with asyncio.timeout_at(self._deadline):
                     message = await self._coming.get()
             except TimeoutError:
-                await self._end("time")
+                await self._finish("time")
                 continue
             if isinstance(message, bytes):
                 self._waiting -= len(message)
@@ -190,13 +172,7 @@ class Session:
         """Checks the settings, before anything is said."""
         if self._listening:
             self._forget()
-        try:
-            self._start = start = await asyncio.to_thread(Start.model_validate, message)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UsageError(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}") from None
-        if start.n not in (None, 1):
-            raise UsageError("n must be 1 here", "leave it out")
+        self._start = start = await asyncio.to_thread(settings_of, message)
         unknown = [name for name in ignored(start) if name != "type"]
         silence = None if start.silence_ms is None else start.silence_ms / 1000
         processor = self._service.model.processor
@@ -221,8 +197,8 @@ class Session:
         assert self._start
         silence = np.zeros(self._ear.size, np.float32)
         messages = [*self._messages, self._spoken(silence)]
-        self._ask: Ask = replace(self._start.ask(self._service.model, self._service.settings), messages=messages)
-        self._template: Prompt = await self._answers.prompt(self._ask)
+        self._ask = replace(self._start.ask(self._service.model, self._service.settings), messages=messages)
+        self._template = await self._answers.prompt(self._ask)
 
     def _spoken(self, samples: np.ndarray) -> dict[str, Any]:
         """The message of a recording, float32 [s]."""
@@ -235,7 +211,7 @@ class Session:
     async def _sound(self, data: bytes) -> None:
         if self._start is None:
             raise UsageError("sound has come before the settings", 'send {"type": "start"} first')
-        for frames, ended in await asyncio.to_thread(lambda: self._ear.push(_samples(data))):
+        for frames, ended in await asyncio.to_thread(lambda: self._ear.push(samples_of(data))):
             await self._hear(frames)
             if ended and self._listening:
                 await self._end("silence")
@@ -258,12 +234,18 @@ class Session:
     async def _commit(self) -> None:
         if self._start is None:
             raise UsageError("there is a commit before the settings", 'send {"type": "start"} first')
-        await self._hear(self._ear.flush())
-        if self._listening:
-            await self._end("commit")
-        else:
+        if not await self._finish("commit"):
             await self._send({"type": "nothing_heard"})
+
+    async def _finish(self, reason: Reason) -> bool:
+        """What came is all, the frame that was begun included; False where nothing was heard."""
+        rest = self._ear.flush()
+        heard = self._listening is not None or len(rest) > 0
+        await self._hear(rest)
+        if self._listening:
+            await self._end(reason)
         self._ear.reset()
+        return heard
 
     async def _clear(self) -> None:
         if self._start:
@@ -296,41 +278,8 @@ class Session:
         reply: Reply | None = None
         async for _, item in answer:
             if item is not None:
-                await self._send(_shown(item))
+                await self._send(shown(item))
             if isinstance(item, Reply):
                 reply = item
         assert reply
         return reply
-
-
-def _samples(data: bytes) -> np.ndarray:
-    """16-bit PCM as float32 [s] in [-1, 1), as files are decoded."""
-    return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32_768)
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    """A text message; UsageError for one that is no object with a type."""
-    try:
-        message = json.loads(text)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-        raise UsageError("a message is no JSON object with a type", 'like {"type": "commit"}')
-    return message
-
-
-def _shown(item: Item) -> dict[str, Any]:
-    if isinstance(item, ContentDelta):
-        return {"type": "delta", "content": item.text}
-    if isinstance(item, ReasoningDelta):
-        return {"type": "delta", "reasoning_content": item.text}
-    if isinstance(item, ToolCall):
-        return {"type": "tool_call", "id": item.id, "name": item.name, "arguments": item.arguments}
-    usage = {
-        "prompt_tokens": item.usage.prompt_tokens,
-        "completion_tokens": item.usage.completion_tokens,
-        "reasoning_tokens": item.usage.reasoning_tokens,
-        "cached_tokens": item.usage.cached_tokens,
-    }
-    done = {"type": "done", "text": item.text, "finish_reason": item.finish_reason, "usage": usage}
-    return done | {"timings": timings(item.timings)} | ({"notice": item.notice} if item.notice else {})

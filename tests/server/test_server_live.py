@@ -184,9 +184,10 @@ def test_at_the_limit_it_answers_and_hears_on(server):
 def test_a_recording_that_comes_too_slowly_is_answered(server, monkeypatch):
     monkeypatch.setattr(live, "SLOWEST", 0.02)  # 0.2 s
     with talking(server, GREEDY | {"silence_ms": None}) as talk:
-        talk.send(DIGITS[:6400])
-        found = until(talk, "done")
-    assert found[1] == {"type": "speech_ended", "reason": "time", "heard_ms": 200}
+        for data, frames in ((DIGITS[:6400], 5), (DIGITS[:6402], 6)):
+            talk.send(data)
+            found = until(talk, "done")
+            assert found[1] == {"type": "speech_ended", "reason": "time", "heard_ms": 40 * frames}
     wait_for(lambda: idle(server))
 
 
