@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches a network
+os.environ["IOLITE_CHATS"] = "none"  # servers that tests start write nothing into the home of whoever runs them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side; more threads only wait for each other
 settings.register_profile("iolite", deadline=None)  # no timed assertions: machines that run tests are busy
 settings.load_profile("iolite")

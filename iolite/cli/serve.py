@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ PORT = 8640
               help="Requests that may wait; more are told to come back.")  # fmt: skip
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=8192, show_default=True,
               help="Longest answer to a request that names no limit.")  # fmt: skip
+@click.option("--chats", envvar="IOLITE_CHATS", metavar="FILE|none",
+              help="Where the page keeps its chats; by default ~/.local/share/iolite/chats.sqlite.")  # fmt: skip
 @options.add(options.THINKING, *options.LOADING)
-def command(model: str, name: str | None, **settings: Any) -> None:
-    """Serve MODEL (by default nano) under the interfaces of OpenAI, Anthropic and Ollama.
+def command(model: str, name: str | None, chats: str | None, **settings: Any) -> None:
+    """Serve MODEL (by default nano) under the interfaces of OpenAI, Anthropic and Ollama, with a page to chat on.
 
-    What is printed first is the link with the key. Ctrl+C lets answers end for ten seconds; a second one does not.
+    What is printed first is the link to the page, with the key. Ctrl+C lets answers end for ten seconds; a second one
+    does not.
 
     \b
     iolite serve google/gemma-4-12B-it --quantize int4
@@ -48,7 +52,7 @@ def command(model: str, name: str | None, **settings: Any) -> None:
     loading = options.take_loading(settings)
     from iolite.server.settings import Settings
 
-    chosen = Settings(**settings)
+    chosen = Settings(chats=_chats_file(chats), **settings)
     loaded = options.load_model(model, **loading)
     from iolite.server.listen import Listener
 
@@ -62,3 +66,11 @@ def command(model: str, name: str | None, **settings: Any) -> None:
             say(f"clients: base URL {listener.url}/v1, key {chosen.secret}")
 
     listener.run_here(ready)
+
+
+def _chats_file(asked: str | None) -> Path | None:
+    """The file that the page's chats are kept in, None for none."""
+    if asked is not None:
+        return None if asked == "none" else Path(asked).expanduser()
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "iolite" / "chats.sqlite"

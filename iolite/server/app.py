@@ -17,9 +17,10 @@ from starlette.responses import Response
 from iolite import __version__
 from iolite.errors import IoliteError
 from iolite.generate.model import Model
-from iolite.server import about, anthropic, embeddings, live, manual, ollama, openai, responses, transcriptions
+from iolite.server import about, anthropic, embeddings, live, manual, ollama, openai, page, responses, transcriptions
 from iolite.server.answers import Answers, ClientGone
 from iolite.server.bodies import Bodies
+from iolite.server.chats import Chats
 from iolite.server.errors import Faults, handle
 from iolite.server.metrics import Counting, Meters
 from iolite.server.security import Guard
@@ -35,6 +36,7 @@ ROUTERS = (
     anthropic.router,
     ollama.router,
     about.router,
+    page.router,
     manual.router,
 )
 
@@ -42,7 +44,7 @@ ROUTERS = (
 def make_app(model: Model, settings: Settings, name: str | None = None, port: int | None = None) -> FastAPI:
     """The application that serves a model. name: what it is called in answers, by default what it was loaded as.
     port: that is listened on, where the settings leave it open."""
-    meters = Meters()
+    meters, chats = Meters(), Chats(settings.chats)
     answers = Answers(model, settings, meters)
     service = Service(answers.model, settings, answers, meters, name or Path(model.name).name or model.name)
 
@@ -50,6 +52,7 @@ def make_app(model: Model, settings: Settings, name: str | None = None, port: in
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(answers.close)
+        chats.close()
 
     app = FastAPI(
         title="iolite",
@@ -66,7 +69,7 @@ def make_app(model: Model, settings: Settings, name: str | None = None, port: in
             Middleware(Faults),
         ],
     )
-    app.state.service = service
+    app.state.service, app.state.chats, app.state.writings = service, chats, {}
     for router in ROUTERS:
         app.include_router(router)
     for error in (IoliteError, HTTPException, RequestValidationError, RecursionError):

@@ -223,8 +223,8 @@ class Chats:
             ).lastrowid
             assert id is not None
             for place, file in enumerate(message.files):
-                values = (id, place, file.file, file.name, file.tokens)
-                db.execute("INSERT INTO attachments VALUES (?, ?, ?, ?, ?)", values)
+                row = (id, place, file.file, file.name, file.tokens)
+                db.execute("INSERT INTO attachments VALUES (?, ?, ?, ?, ?)", row)
             db.execute("INSERT INTO words (title, text, chat, message) VALUES ('', ?, ?, ?)", (message.text, chat, id))
             db.execute("UPDATE chats SET head = ?, changed = ? WHERE id = ?", (id, now, chat))
         return replace(message, id=id, created=now)

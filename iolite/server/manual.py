@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, Response
 
 router = APIRouter(include_in_schema=False)
 _STYLE = (
@@ -17,11 +17,6 @@ _STYLE = (
     "vertical-align:top}table{border-spacing:0;font-size:.9rem}"
 )
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-
-
-@router.get("/")
-async def root(request: Request) -> Response:
-    return RedirectResponse("/docs", 303)
 
 
 @router.get("/docs")

@@ -7,6 +7,7 @@ that a mistake of one library is not an injection.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -68,17 +69,21 @@ def to_html(text: str) -> str:
 class GrowingHtml:
     """The HTML of a text that grows: each block is made once it is certain, the last one again each time.
 
-    A definition that changes earlier blocks, as of a link, does so when the whole text is made.
+    A definition that changes earlier blocks, as of a link, does so when the whole text is made. One thread may push
+    while another takes.
     """
 
     def __init__(self) -> None:
+        self._new: deque[str] = deque()
         self._open = ""  # of the text: from the beginning of the last block on
 
     def push(self, text: str) -> None:
-        self._open += text
+        self._new.append(text)
 
     def take(self) -> tuple[str, str]:
         """HTML to append for good, and HTML of what may still change."""
+        while self._new:
+            self._open += self._new.popleft()
         if len(self._open) > MOST_TEXT:
             return "", to_html(self._open)
         at = _last_block(self._open)

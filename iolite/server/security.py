@@ -19,8 +19,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from iolite.server import static_files
 from iolite.server.errors import Problem, response_of
 from iolite.server.settings import Settings
+from iolite.server.static_files import static
 
 _HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9_.-]{1,253})(?::[0-9]{1,5})?")
 OPEN = frozenset({"/health"})  # what needs no key: it tells nothing
@@ -51,7 +53,9 @@ class Guard:
         if problem and scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif problem:
-            await response_of(path, problem)(scope, receive, self._with_headers(send))
+            asks = self.is_person(scope, headers, problem)
+            found = static("sign-in.html", 401) if asks else response_of(path, problem)
+            await found(scope, receive, self._with_headers(send))
         elif scope["type"] == "http" and (token := self.token(scope)) and self.is_key(token):
             response = RedirectResponse("/" + path.lstrip("/"), 303)  # "//name" would be another server
             response.set_cookie(self.cookie, self.cookie_value, httponly=True, samesite="strict")
@@ -87,8 +91,12 @@ class Guard:
         asks = scope.get("method") == "OPTIONS" and "access-control-request-method" in headers
         return asks and headers.get("origin") in self.settings.origins
 
+    def is_person(self, scope: Scope, headers: Headers, problem: Problem) -> bool:
+        """Whether somebody without a key has gone to the page, who can be asked for it."""
+        return problem.status == 401 and scope["path"] == "/" and "text/html" in headers.get("accept", "")
+
     def keyless(self, scope: Scope, headers: Headers) -> Problem | None:
-        if self.settings.open_to_all or scope["path"] in OPEN:
+        if self.settings.open_to_all or scope["path"] in OPEN or scope["path"].startswith(static_files.OPEN):
             return None
         kind, _, bearer = headers.get("authorization", "").partition(" ")
         offered = [bearer.strip() if kind.lower() == "bearer" else "", headers.get("x-api-key", ""), self.token(scope)]

@@ -39,6 +39,7 @@ class Settings:
     max_upload: int = 256 * 2**20  # of a recording to be transcribed
     max_media: int = 64  # pictures, recordings and videos of one request
     ping: float = 10.0  # a stream that has nothing to say says so this often
+    chats: Path | None = None  # the file of the page's chats; without it they end with the server
     grace: float = 10.0  # that answers get to end when the server is to stop
     secret: str = field(init=False, repr=False)
 

@@ -1,0 +1,65 @@
+// What the page asks of its server.
+
+export class Refused extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function ask(method, path, body, more = {}) {
+  let response;
+  const json = body !== undefined && !(body instanceof FormData);
+  try {
+    response = await fetch(path, {
+      method, body: json ? JSON.stringify(body) : body, credentials: "same-origin",
+      headers: json ? { "Content-Type": "application/json" } : {}, ...more,
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server does not answer. Is it still running?", 0);
+  }
+  if (response.ok) return response;
+  if (response.status === 401) throw new Refused("The server asks for its key again: open the link that it printed.", 401);
+  const said = await response.json().catch(() => ({}));
+  const message = said.error?.message ?? `the server answered with ${response.status}`;
+  throw new Refused(message.charAt(0).toUpperCase() + message.slice(1), response.status);
+}
+
+const read = async (...request) => (await ask(...request)).json();
+
+export const about = () => read("GET", "/page/about");
+export const chats = (words) => read("GET", `/page/chats?q=${encodeURIComponent(words)}`);
+export const chat = (id) => read("GET", `/page/chats/${id}`);
+export const create = (settings) => read("POST", "/page/chats", { settings });
+export const change = (id, values) => read("PATCH", `/page/chats/${id}`, values);
+export const remove = (id) => ask("DELETE", `/page/chats/${id}`);
+export const stop = (id) => ask("POST", `/page/answers/${id}/stop`, {});
+export const exportLink = (id, form) => `/page/chats/${id}/export?form=${form}`;
+export const fileLink = (id) => `/page/files/${id}`;
+
+export function upload(file, signal) {
+  const form = new FormData();
+  form.append("file", file, file.name);
+  return read("POST", "/page/files", form, { signal });
+}
+
+/** Sends a turn and calls `on` with each event of its answer. Resolves when the stream is over. */
+export async function answer(id, turn, on) {
+  const response = await ask("POST", `/page/chats/${id}/answers`, turn);
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  let rest = "", ended = false;
+  for (;;) {
+    const { value, done } = await reader.read().catch(() => ({ done: true }));
+    if (done) break;
+    const events = (rest + decoder.decode(value, { stream: true })).split("\n\n");
+    rest = events.pop();
+    for (const text of events) {
+      if (!text.startsWith("data: ")) continue;
+      const event = JSON.parse(text.slice(6));
+      ended ||= event.type === "end" || event.type === "error";
+      on(event);
+    }
+  }
+  if (!ended) throw new Refused("The connection broke off before the answer was complete.", 0);
+}

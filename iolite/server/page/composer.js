@@ -1,0 +1,172 @@
+// The message box: text that grows, files with their costs, a recorder.
+
+import { $, el, icon, iconButton, number, say, seconds } from "./dom.js";
+import { fileLink, upload } from "./api.js";
+import { Recorder } from "./recorder.js";
+
+const KINDS = { image: "image/*", audio: "audio/*", video: "video/*" };
+const TEXTS = ".txt,.md,.csv,.tsv,.json,.yaml,.toml,.xml,.html,.css,.js,.ts,.py,.c,.h,.cpp,.rs,.go,.java,.sh,.sql,.log,.tex,.pdf";
+
+export class Composer {
+  /** submit({text, files}) sends; it is called only with something to send. */
+  constructor(about, submit) {
+    this.about = about;
+    this.submit = submit;
+    this.files = [];
+    this.busy = false;
+    this.text = $("text");
+    this.text.addEventListener("input", () => this.changed());
+    this.text.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        this.send();
+      }
+    });
+    $("composer").addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
+    $("trouble").querySelector("button").addEventListener("click", () => this.trouble(null));
+    this.takeFiles();
+    this.takeSound();
+    this.changed();
+  }
+
+  takeFiles() {
+    const kinds = this.about.modalities.map((kind) => KINDS[kind]).filter(Boolean);
+    $("picker").accept = [...kinds, TEXTS].join(",");
+    $("attach").addEventListener("click", () => $("picker").click());
+    $("picker").addEventListener("change", () => { this.attach($("picker").files); $("picker").value = ""; });
+    this.text.addEventListener("paste", (event) => {
+      if (event.clipboardData.files.length) {
+        event.preventDefault();
+        this.attach(event.clipboardData.files);
+      }
+    });
+    let depth = 0;
+    const carries = (event) => event.dataTransfer?.types.includes("Files");
+    addEventListener("dragenter", (event) => { if (carries(event)) { depth += 1; $("drop").hidden = false; } });
+    addEventListener("dragleave", (event) => { if (carries(event) && --depth <= 0) { depth = 0; $("drop").hidden = true; } });
+    addEventListener("dragover", (event) => { if (carries(event)) event.preventDefault(); });
+    addEventListener("drop", (event) => {
+      if (!carries(event)) return;
+      event.preventDefault();
+      depth = 0;
+      $("drop").hidden = true;
+      this.attach(event.dataTransfer.files);
+    });
+  }
+
+  takeSound() {
+    $("record").hidden = !this.about.modalities.includes("audio");
+    const recorder = new Recorder($("recorder").querySelector("canvas"), $("recorder-time"), this.about.longest);
+    const close = () => { $("recorder").hidden = true; $("record").disabled = false; this.text.focus(); };
+    const finish = async () => {
+      const file = await recorder.finish();
+      close();
+      if (file) await this.attach([file]);
+      else this.trouble("Nothing was recorded.");
+    };
+    recorder.onfull = finish;
+    $("record").addEventListener("click", async () => {
+      this.trouble(null);
+      $("record").disabled = true;
+      try {
+        await recorder.start();
+        $("recorder").hidden = false;
+        $("recorder-stop").focus();
+        say("Recording");
+      } catch (error) {
+        $("record").disabled = false;
+        this.trouble(error.message);
+      }
+    });
+    $("recorder-stop").addEventListener("click", finish);
+    $("recorder-cancel").addEventListener("click", () => { recorder.cancel(); close(); });
+  }
+
+  async attach(list) {
+    await Promise.all([...list].map(async (file) => {
+      const entry = { name: file.name || "picture", kind: file.type.split("/")[0], state: "busy", stop: new AbortController() };
+      this.files.push(entry);
+      this.changed();
+      try {
+        Object.assign(entry, await upload(file, entry.stop.signal), { state: "here" });
+        if (entry.kind === "image") entry.tokens = this.about.budget;
+        say(`${entry.name} attached, ${number(price(entry))} tokens`);
+      } catch (error) {
+        Object.assign(entry, { state: "bad", why: error.message });
+        if (error.name !== "AbortError") say(`${entry.name}: ${error.message}`);
+      }
+      this.changed();
+    }));
+    this.text.focus();
+  }
+
+  send() {
+    const files = this.files.filter((file) => file.state === "here");
+    if (!this.ready) return;
+    this.trouble(null);
+    this.submit({ text: this.text.value, files });
+  }
+
+  get ready() {
+    const waiting = this.files.some((file) => file.state === "busy");
+    return !this.busy && !waiting && (this.text.value.trim() !== "" || this.files.some((file) => file.state === "here"));
+  }
+
+  set(text, files = []) {
+    this.text.value = text;
+    this.files = files.map((file) => ({ ...file, state: "here" }));
+    this.changed();
+  }
+
+  setBusy(busy) {
+    this.busy = busy;
+    $("send").hidden = busy;
+    $("stop").hidden = !busy;
+    this.changed();
+  }
+
+  trouble(message) {
+    $("trouble").hidden = !message;
+    $("trouble").querySelector("p").textContent = message ?? "";
+  }
+
+  changed() {
+    this.text.style.height = "auto";
+    this.text.style.height = `${this.text.scrollHeight}px`;
+    $("send").disabled = !this.ready;
+    $("files").replaceChildren(...this.files.map((file) => this.chip(file)));
+    const here = this.files.filter((file) => file.state === "here");
+    const sum = here.reduce((total, file) => total + price(file), 0);
+    $("cost").textContent = here.length ? `+ ${number(sum)} of ${number(this.about.context)} tokens` : "";
+  }
+
+  chip(file) {
+    const picture = file.kind === "image" && file.state === "here" ? el("img", { src: fileLink(file.file), alt: "" }) : icon({ audio: "sound", video: "film" }[file.kind] ?? "file");
+    const below = file.state === "busy" ? "Reading …" : file.state === "bad" ? file.why : this.details(file);
+    const drop = iconButton("close", `Remove ${file.name}`, () => {
+      file.stop?.abort();
+      this.files = this.files.filter((other) => other !== file);
+      this.changed();
+      this.text.focus();
+    });
+    return el("li", { class: file.state }, picture, el("span", {}, el("span", { class: "name", title: file.name }, file.name), el("span", { class: "price" }, below)), drop);
+  }
+
+  /** What a file costs; of a picture, a choice of how much of it the model sees. */
+  details(file) {
+    if (file.kind === "image") {
+      const choose = (event) => { file.tokens = Number(event.target.value); this.changed(); };
+      const options = Object.entries(file.info.costs).map(([budget, tokens]) =>
+        el("option", { value: budget, selected: Number(budget) === file.tokens }, `Detail: ${number(tokens)} token${tokens === 1 ? "" : "s"}`));
+      return el("select", { "aria-label": `Detail of ${file.name}`, onchange: choose }, ...options);
+    }
+    const tokens = `${number(file.info.tokens)} tokens`;
+    if (file.kind === "audio") {
+      const long = file.info.seconds > file.info.longest ? `; more than the ${seconds(file.info.longest)} that the model was made for` : "";
+      return `${seconds(file.info.seconds)} · ${tokens}${long}`;
+    }
+    return file.info.pages ? `${number(file.info.pages)} page${file.info.pages === 1 ? "" : "s"} · ${tokens}` : tokens;
+  }
+}
+
+const price = (file) => (file.kind === "image" ? file.info.costs[file.tokens] ?? Math.max(...Object.values(file.info.costs)) : file.info.tokens);
