@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from support.drafting import CHEAP
 from support.tiny import FIRST_TEXT, VOCABULARY
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,9 +15,11 @@ import iolite
 from iolite import cache as caches
 from iolite.cache import KVCache
 from iolite.generate import graph
+from iolite.generate.continuation import Continuation
 from iolite.generate.graph import StaticStep
 from iolite.generate.loop import Decoding, advance
 from iolite.generate.sampling import SamplingParams
+from iolite.generate.speculative import Proposal, Speculator
 from iolite.kernels import ops, ring
 from iolite.kernels.contracts import Keys
 from iolite.kernels.reference import attend
@@ -194,3 +197,44 @@ def test_a_graph_is_wanted_on_cuda_unless_it_is_turned_off(monkeypatch):
     assert graph.wanted(torch.device("cuda")) and not graph.wanted(CPU)
     monkeypatch.setenv("IOLITE_CUDA_GRAPH", "0")
     assert not graph.wanted(torch.device("cuda"))
+
+
+def test_recorded_passes_of_several_sizes_share_a_cache(nano, monkeypatch):
+    """As drafting makes them: passes of 1, 3 and 6 tokens in turns. When one makes the cache's buffers grow, the others
+    are recorded again."""
+    sizes = []
+
+    def count(work: graph.Work, device: torch.device) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
+        recorded = record(work, device)
+        sizes.append(len(recorded[1][0]))
+        return recorded
+
+    prompt = nano.prompt("How many corners has a square, and what is your name?")
+    settings = {"context": nano.context}
+    params = SamplingParams(temperature=0, max_tokens=60)
+    with ops.only_reference():
+        expected = [token.id for token in Decoding(nano.network, prompt, params, **settings)]
+        monkeypatch.setattr(graph, "wanted", lambda device: True)
+        monkeypatch.setattr(graph, "capture", count)
+        decoding = Decoding(nano.network, prompt, params, **settings, speculator=InTurns(nano.network, expected))
+        assert [token.id for token in decoding] == expected
+    assert {1, 3, 6} <= set(sizes)
+    assert len(sizes) > len(set(sizes))
+
+
+class InTurns(Speculator):
+    """Proposes none, two or five drafts, of which the last is wrong."""
+
+    def __init__(self, network: Unified, answer: list[int]) -> None:
+        super().__init__(network, CHEAP)
+        self.answer, self.drawn = answer, 1
+
+    def propose(self, sequences: Sequence[Continuation]) -> list[Proposal]:
+        (sequence,), proposal = sequences, Proposal()
+        at = len(self.answer) - sequence.left
+        for token in self.answer[at : at + (0, 2, 5)[self.drawn % 3]]:
+            proposal.add(token, 1.0)
+        if len(proposal.tokens) in (2, 5):
+            proposal.tokens[-1] = (proposal.tokens[-1] + 1) % self.network.config.text.vocab_size
+        self.drawn += 1
+        return [proposal]
