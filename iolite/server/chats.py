@@ -206,6 +206,7 @@ class Chats:
             db.execute("DELETE FROM chats WHERE id = ?", (id,))
             for file in held:
                 db.execute(f"DELETE FROM files WHERE id = ? AND {_UNUSED}", (file,))
+            db.execute("INSERT INTO words (words) VALUES ('optimize')")  # an index keeps what is deleted until then
         with self._lock:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log held them too
 

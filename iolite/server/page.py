@@ -145,7 +145,7 @@ async def export(request: Request, id: str, form: Literal["json", "markdown"] = 
     """JSON holds every branch, Markdown the one that is shown."""
     chat = await found(request, id)
     ending = {"json": "json", "markdown": "md"}[form]
-    name = urllib.parse.quote(f"{chat.title or 'chat'}.{ending}")
+    name = urllib.parse.quote(f"{chat.title or 'chat'}.{ending}", safe="")
     headers = {"Content-Disposition": f"attachment; filename=\"chat.{ending}\"; filename*=UTF-8''{name}"}
     if form == "json":
         return json_response(asdict(chat), headers=headers)
