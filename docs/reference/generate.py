@@ -29,10 +29,13 @@ PUBLIC: dict[str, list[tuple[str, str]]] = {
         ("generate.reply", "ToolCall"),
         ("generate.reply", "Usage"),
         ("generate.reply", "Timings"),
+        ("generate.reply", "TokenLogprobs"),
+        ("generate.reply", "Alternative"),
     ],
     "Streams": [
         ("generate.stream", "ReplyStream"),
         ("text.stream", "ContentDelta"),
+        ("generate.logprobs", "ScoredDelta"),
         ("text.stream", "ReasoningDelta"),
         ("text.stream", "ToolCallStart"),
         ("text.stream", "ToolCallDelta"),

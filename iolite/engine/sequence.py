@@ -100,11 +100,11 @@ class Sequence:
     def put(self, tokens: Items[int]) -> None:
         """Hands tokens that were just drawn to the reader."""
         now = time.perf_counter()
-        for at, token in enumerate(tokens):
+        for at, (token, logprobs) in enumerate(zip(tokens, self.continuation.logprobs, strict=True)):
             reason = None
             if token in self.running.params.stop_ids:
                 reason = "stop"
             elif self.continuation.left == 0 and at == len(tokens) - 1:
                 reason = "length"
-            self.running.put(Drawn(token, reason), now - self._last)
+            self.running.put(Drawn(token, reason, logprobs), now - self._last)
             self._last = now

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from iolite.cache import KVCache
+from iolite.generate.logprobs import Logprobs, logprobs_of
 from iolite.generate.lookup import PromptLookup
 from iolite.generate.reply import Drafting
 from iolite.generate.sampling import Sampler
@@ -34,6 +35,7 @@ class Continuation:
     drafts: int | None = None  # to be proposed in a round, None: as many as pay
     hidden: Tensor | None = None  # [M], what the newest token was drawn from
     drafting: Drafting = field(default_factory=Drafting)
+    logprobs: list[Logprobs | None] = field(default_factory=list)  # of what was drawn last, None: nobody asked for them
     lookup: PromptLookup = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,14 +51,20 @@ class Continuation:
 
         The cache forgets the drafts that were wrong or came after the end.
         """
-        first = len(self.ids)
+        first, self.logprobs = len(self.ids), []
         try:
             for i in range(len(drafts) + 1):
                 self.hidden = hidden[i]
                 self.ids.append(self.sampler(self.ids, logits[i]))
                 self.left -= 1
+                self.logprobs.append(self._logprobs(logits[i]))
                 if self.over or i == len(drafts) or self.ids[-1] != drafts[i]:
                     break
         finally:  # whoever breaks this off may go on with the cache
             self.cache.rewind(len(self.ids) - 1)
         return self.ids[first:]
+
+    def _logprobs(self, logits: Tensor) -> Logprobs | None:
+        """Of the newest token, by the scores [V] that it was drawn from."""
+        asked = self.sampler.params.logprobs
+        return None if asked is None else logprobs_of(logits, self.ids[-1], asked)

@@ -21,6 +21,7 @@ from iolite.errors import ContextError, UsageError
 from iolite.generate.continuation import Continuation
 from iolite.generate.costs import MOST_DRAFTS
 from iolite.generate.grammar import Constraint
+from iolite.generate.logprobs import Logprobs
 from iolite.generate.passes import Passes, check_numbers
 from iolite.generate.reply import Drafting
 from iolite.generate.sampling import Sampler, SamplingParams
@@ -72,10 +73,12 @@ def prompt_logits(
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token, and why it is the last one: "stop", "length", or None while the answer goes on."""
+    """One token, why it is the last one ("stop", "length", or None while the answer goes on), and how likely it was,
+    where that is asked for."""
 
     id: int
     finish_reason: str | None
+    logprobs: Logprobs | None = None
 
 
 class Decoding:
@@ -134,10 +137,10 @@ class Decoding:
                     self.prefill_seconds = took
                 else:
                     self.decode_seconds += took
-                for token in tokens:
+                for token, logprobs in zip(tokens, sequence.logprobs, strict=True):
                     self.count += 1
                     reason = self._finish_reason(token)
-                    yield Drawn(token, reason)
+                    yield Drawn(token, reason, logprobs)
                     if reason:
                         return
                 begin = time.perf_counter()

@@ -37,7 +37,7 @@ from iolite.generate.costs import measure
 from iolite.generate.grammar import Constraint, ToolChoice, constrain
 from iolite.generate.loop import Decoding, Progress, StopStrings, check_fits, prompt_logits
 from iolite.generate.matcher import Grammars
-from iolite.generate.reply import Reply
+from iolite.generate.reply import Reply, TokenLogprobs
 from iolite.generate.sampling import SamplingParams
 from iolite.generate.speculative import Speculator, check_drafts
 from iolite.generate.stream import ReplyStream
@@ -61,12 +61,13 @@ class Piece:
     """One drawn token: its id, the text that became certain with it, and why it is the last (None: it is not).
 
     text lags behind the ids while half a character or the beginning of a stop string is held back; the text of an
-    end token is empty, every other special token is spelled out.
+    end token is empty, every other special token is spelled out. logprobs: how likely it was, where that is asked for.
     """
 
     id: int
     text: str
     finish_reason: str | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 def load(
@@ -304,9 +305,9 @@ class Model:
         """Draws tokens until one ends the answer; each comes as a `Piece`, thoughts and special tokens as they are.
 
         sampling: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias, seed, stop, stop_ids,
-        suppress_tokens as in `SamplingParams`; what is not given is the checkpoint's own. Raises ContextError at once
-        when the prompt does not fit. drafts, of a model with a drafter: how many tokens to guess ahead, 0 for none,
-        None for as many as pay.
+        suppress_tokens, logprobs as in `SamplingParams`; what is not given is the checkpoint's own. Raises ContextError
+        at once when the prompt does not fit. drafts, of a model with a drafter: how many tokens to guess ahead, 0 for
+        none, None for as many as pay.
         """
         prompt = self._as_prompt(prompt)
         params = self.sampling(max_tokens=max_tokens, **sampling)
@@ -322,7 +323,8 @@ class Model:
                 shown += stops.push(text.flush())
                 shown += stops.flush()
             reason = "stop" if stops.found else reason
-            yield Piece(drawn.id, shown, reason)
+            known = drawn.logprobs.spelled(drawn.id, self.tokenizer) if drawn.logprobs else None
+            yield Piece(drawn.id, shown, reason, known)
             if reason:
                 return
 

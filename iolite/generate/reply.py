@@ -118,11 +118,41 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A token that an answer might have gone on with, and the natural logarithm of its probability."""
+
+    id: int
+    bytes: bytes  # of its text; a part of a character, perhaps
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        return self.bytes.decode(errors="replace")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "text": self.text, "bytes": list(self.bytes), "logprob": self.logprob}
+
+
+@dataclass(frozen=True)
+class TokenLogprobs(Alternative):
+    """The token that was drawn, and the likeliest in its place, best first, itself perhaps among them.
+
+    By the model's own scores, before temperature, penalties, filters and constraints.
+    """
+
+    top: tuple[Alternative, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"top": [other.to_dict() for other in self.top]}
+
+
+@dataclass(frozen=True)
 class Reply:
     """One answer.
 
     finish_reason: "stop" (an end token or a stop string), "length" (max_tokens or the context ran out) or
     "tool_calls". `notice` is set when the answer is not what it seems: empty, cut off, or with a broken tool call.
+    `logprobs` are of the tokens that the text is made of, None where they were not asked for.
     """
 
     text: str
@@ -132,6 +162,7 @@ class Reply:
     timings: Timings
     tool_calls: list[ToolCall] = field(default_factory=list)
     notice: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
     @property
     def message(self) -> dict[str, Any]:
@@ -146,7 +177,7 @@ class Reply:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `iolite run --json` prints them."""
-        return {
+        found: dict[str, Any] = {
             "text": self.text,
             "reasoning": self.reasoning,
             "tool_calls": [asdict(call) for call in self.tool_calls],
@@ -155,6 +186,9 @@ class Reply:
             "usage": asdict(self.usage) | {"total_tokens": self.usage.total_tokens},
             "timings": self.timings.to_dict(),
         }
+        if self.logprobs is not None:
+            found["logprobs"] = [token.to_dict() for token in self.logprobs]
+        return found
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False)

@@ -28,13 +28,16 @@ from iolite.generate.grammar import Constraint
 Processor = Callable[[Sequence[int], Tensor], Tensor]
 Filter = Callable[[Tensor], Tensor]
 
+MOST_LOGPROBS = 20
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one answer is drawn and where it ends. Checked when made: a senseless value is a UsageError.
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch their filter off. logit_bias adds to the logits of
-    token ids. stop strings end the answer and are never shown. seed None draws a fresh one.
+    token ids. stop strings end the answer and are never shown. seed None draws a fresh one. logprobs changes nothing of
+    the answer: with 0 to 20 it is told how likely each token was, and so many of the likeliest in its place.
     """
 
     temperature: float = 1.0
@@ -48,6 +51,7 @@ class SamplingParams:
     max_tokens: int = 256
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, math.inf)
@@ -58,6 +62,8 @@ class SamplingParams:
         _check_count("max_tokens", self.max_tokens, 1)
         if self.seed is not None:
             _check_count("seed", self.seed, 0, 2**64 - 1)
+        if self.logprobs is not None:
+            _check_count("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if self.repetition_penalty == 0:
             raise UsageError("repetition_penalty is 0", "1 switches it off, values above 1 discourage repeats")
         if not all(isinstance(text, str) and text for text in self.stop):
@@ -165,7 +171,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     if not logits.is_cpu:
         return logits.masked_fill(logits < torch.topk(logits, k).values[-1], -math.inf)
     scores = logits.numpy()
-    candidates = _no_smaller_than_kth(scores, k)
+    candidates = no_smaller_than_kth(scores, k)
     values = scores[candidates]
     return _only(scores, candidates[values >= np.partition(values, -k)[-k]])
 
@@ -198,7 +204,7 @@ def temper(logits: Tensor, temperature: float) -> Tensor:
         return torch.from_numpy((scores - scores.max()) / np.float32(temperature))
 
 
-def _no_smaller_than_kth(scores: np.ndarray, k: int) -> np.ndarray:
+def no_smaller_than_kth(scores: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k largest of scores [n] and perhaps of some others: of all that reach the k-th largest among the
     largest of every 256. To look at all of them so takes a fraction of the time that partitioning them does."""
     blocks = len(scores) // 256

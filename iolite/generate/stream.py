@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from iolite.errors import UsageError
+from iolite.generate.logprobs import ScoredDelta, Scores
 from iolite.generate.loop import Drawn, StopStrings
 from iolite.generate.reply import Drafting, Reply, Timings, ToolCall, Usage, explain
 from iolite.generate.sampling import SamplingParams
@@ -30,7 +31,8 @@ class Drawing(Protocol):
 
 
 class ReplyStream:
-    """Iterates once over the events of one answer (`iolite.text.stream`), thoughts, text and tool calls apart.
+    """Iterates once over the events of one answer (`iolite.text.stream`), thoughts, text and tool calls apart. Where
+    logprobs are asked for, the text comes as `ScoredDelta`.
 
     `reply` is there when the iteration has ended. Stopping early is allowed: `close()` then makes a reply of what has
     come so far, with finish_reason "stop".
@@ -43,10 +45,11 @@ class ReplyStream:
         tools: Sequence[Mapping[str, Any]] | None,
         prepare_seconds: float = 0.0,
     ) -> None:
-        self._decoding = decoding
+        self._decoding, self._tokenizer = decoding, tokenizer
         self._parser = EventParser.for_prompt(tokenizer, decoding.prompt.ids, tools=tools)
         self._stops = StopStrings(decoding.params.stop)
         self._prepare_seconds = prepare_seconds
+        self._scores = None if decoding.params.logprobs is None else Scores()
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
@@ -94,12 +97,15 @@ class ReplyStream:
         for drawn in self._decoding:
             reason = drawn.finish_reason or reason
             ended = drawn.id in self._decoding.params.stop_ids
-            self._reasoning_tokens += not ended and self._parser.mode == "reasoning"
+            mode = self._parser.mode
+            self._reasoning_tokens += not ended and mode == "reasoning"
             events = [] if ended else self._parser.push(drawn.id)
             # Some checkpoints' settings do not name every token that ends a turn; nothing after one could be shown.
             over = self._parser.mode == "ended"
             if drawn.finish_reason:
                 events += self._parser.finish()
+            if self._scores:
+                self._note(self._scores, drawn, events, is_text=mode == "content" and not ended)
             for event in events:
                 yield from self._take(event)
             if self._stops.found or over:
@@ -107,6 +113,14 @@ class ReplyStream:
                 break
         yield from self._show(self._stops.flush())
         self._finish(reason)
+
+    def _note(self, scores: Scores, drawn: Drawn, events: Sequence[Event], is_text: bool) -> None:
+        """What is known of a token of the text; is_text: not of thoughts or calls."""
+        text = "".join(event.text for event in events if isinstance(event, ContentDelta))
+        known = None
+        if drawn.logprobs and is_text and drawn.id not in self._tokenizer.special_ids:
+            known = drawn.logprobs.spelled(drawn.id, self._tokenizer)
+        scores.came(text, known)
 
     def _take(self, event: Event) -> Iterator[Event]:
         """Notes the event for the reply and passes it on; of the answer's text only what no stop string can claim."""
@@ -127,7 +141,7 @@ class ReplyStream:
     def _show(self, text: str) -> Iterator[Event]:
         if text:
             self._text.append(text)
-            yield ContentDelta(text)
+            yield ScoredDelta(text, self._scores.shown(text)) if self._scores else ContentDelta(text)
 
     def _finish(self, reason: str) -> None:
         text, reasoning = "".join(self._text), "".join(self._reasoning).strip()
@@ -150,4 +164,5 @@ class ReplyStream:
             ),
             tool_calls=self._calls,
             notice=explain(text, reason, self._calls, reasoning, run.count),
+            logprobs=self._scores.told if self._scores else None,
         )

@@ -6,6 +6,7 @@ names, and in a choice that is not what it seems a `notice` of one sentence.
 
 from __future__ import annotations
 
+import collections
 import json
 import secrets
 import time
@@ -18,10 +19,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from iolite.errors import UsageError
+from iolite.generate.logprobs import ScoredDelta
 from iolite.generate.reply import Reply, Timings, ToolCall
+from iolite.generate.sampling import MOST_LOGPROBS
 from iolite.server.answers import Answer, Ask, Item
 from iolite.server.errors import body_of
 from iolite.server.fields import headers_for, ignored
+from iolite.server.logprobs import TextLogprobs, chat_logprobs
 from iolite.server.openai_fields import ChatRequest, SamplingFields
 from iolite.server.service import Service, service_of
 from iolite.server.streaming import Streamed
@@ -54,7 +58,8 @@ def _choice(number: int, reply: Reply) -> dict[str, Any]:
         message |= {"reasoning_content": reply.reasoning, "reasoning": reply.reasoning}
     if calls:
         message["tool_calls"] = [_call(call) for call in calls]
-    choice = {"index": number, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}
+    logprobs = None if reply.logprobs is None else chat_logprobs(reply.logprobs)
+    choice = {"index": number, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
     return choice | ({"notice": reply.notice} if reply.notice else {})
 
 
@@ -117,15 +122,18 @@ async def _chat_chunks(answer: Answer, service: Service, count: int, usage: bool
             costs = {} if usage else {"timings": timings(item.timings)}
             yield event(frame | {"choices": [last]} | costs)
         else:
-            yield event(frame | {"choices": [_delta(choice, _delta_of(item, calls[choice]))]})
+            logprobs = chat_logprobs(item.logprobs) if isinstance(item, ScoredDelta) else None
+            yield event(frame | {"choices": [_delta(choice, _delta_of(item, calls[choice]), logprobs=logprobs)]})
             calls[choice] += isinstance(item, ToolCall)
     if usage:
         yield event(frame | {"choices": []} | _costs([replies[choice] for choice in sorted(replies)]))
     yield DONE
 
 
-def _delta(choice: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _delta(
+    choice: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _delta_of(item: Item, index: int) -> dict[str, Any]:
@@ -142,7 +150,7 @@ class CompletionRequest(SamplingFields):
     """`POST /v1/completions`: the text goes on as it stands; no template, thoughts or calls."""
 
     prompt: Annotated[str, Field(max_length=4_000_000)] | list[Any]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
 @router.post("/v1/completions", summary="Go on with a text")
@@ -152,25 +160,33 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     prompt = body.prompt[0] if isinstance(body.prompt, list) and len(body.prompt) == 1 else body.prompt
     if not isinstance(prompt, str):
         raise UsageError("prompt must be one text", "send a request for each")
-    if body.logprobs is not None:
-        raise UsageError("logprobs are not available here", "leave them out")
-    answer = await service.answers.start(Ask(text=prompt, sampling=body.sampling(), choices=body.n or 1))
+    sampling = body.sampling() | {"logprobs": body.logprobs}
+    answer = await service.answers.start(Ask(text=prompt, sampling=sampling, choices=body.n or 1))
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
         pieces = _text_chunks(answer, service, usage)
         return Streamed(answer, pieces, lambda problem: event(body_of(CHAT, problem)), headers=headers)
     replies = await answer.replies(request)
-    choices = [_text_choice(i, r.text, r.finish_reason, r.notice) for i, r in enumerate(replies)]
+    choices = [
+        _text_choice(i, r.text, r.finish_reason, r.notice, TextLogprobs()(r.logprobs)) for i, r in enumerate(replies)
+    ]
     return json_response(_frame(service, "text_completion", choices, "cmpl") | _costs(replies), headers=headers)
 
 
-def _text_choice(index: int, text: str, finish_reason: str | None, notice: str | None = None) -> dict[str, Any]:
-    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+def _text_choice(
+    index: int,
+    text: str,
+    finish_reason: str | None,
+    notice: str | None = None,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
     return choice | ({"notice": notice} if notice else {})
 
 
 async def _text_chunks(answer: Answer, service: Service, usage: bool) -> AsyncIterator[str]:
     frame, replies = _frame(service, "text_completion", [], "cmpl"), dict[int, Reply]()
+    spelled = collections.defaultdict[int, TextLogprobs](TextLogprobs)
     async for choice, item in answer:
         if item is None:
             yield PING
@@ -178,7 +194,8 @@ async def _text_chunks(answer: Answer, service: Service, usage: bool) -> AsyncIt
             replies[choice] = item
             yield event(frame | {"choices": [_text_choice(choice, "", item.finish_reason, item.notice)]})
         elif isinstance(item, ContentDelta):
-            yield event(frame | {"choices": [_text_choice(choice, item.text, None)]})
+            logprobs = spelled[choice](item.logprobs if isinstance(item, ScoredDelta) else None)
+            yield event(frame | {"choices": [_text_choice(choice, item.text, None, logprobs=logprobs)]})
     if usage:
         yield event(frame | {"choices": []} | _costs([replies[choice] for choice in sorted(replies)]))
     yield DONE

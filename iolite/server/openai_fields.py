@@ -9,6 +9,7 @@ from pydantic import Field
 
 from iolite.errors import UsageError
 from iolite.generate.model import Model
+from iolite.generate.sampling import MOST_LOGPROBS
 from iolite.server.answers import Ask
 from iolite.server.fields import (
     MOST_TOKENS,
@@ -111,7 +112,7 @@ class ChatRequest(SamplingFields, ThinkingFields):
     grammar: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
     regex: Annotated[str, Field(max_length=MOST_GRAMMAR)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     image_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     max_soft_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     image_max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -119,8 +120,9 @@ class ChatRequest(SamplingFields, ThinkingFields):
     def ask(self, model: Model, settings: Settings) -> Ask:
         sampling = self.sampling()
         sampling["max_tokens"] = self.max_completion_tokens or self.max_tokens
-        if self.logprobs or self.top_logprobs:
-            raise UsageError("logprobs are not available here", "leave them out")
+        if self.top_logprobs and not self.logprobs:
+            raise UsageError("top_logprobs are asked for without logprobs", "set logprobs to true as well")
+        sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return Ask(
             messages=with_details(self.messages, model),
             tools=self.tools or None,

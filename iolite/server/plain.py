@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from iolite.generate.logprobs import ScoredDelta, Scores
 from iolite.generate.loop import StopStrings
 from iolite.generate.reply import Reply, Timings, Usage, explain
 from iolite.generate.stream import Drawing
@@ -16,6 +17,7 @@ class PlainStream:
 
     def __init__(self, decoding: Drawing, tokenizer: Tokenizer, prepare_seconds: float = 0.0) -> None:
         self._decoding, self._tokenizer, self._prepare_seconds = decoding, tokenizer, prepare_seconds
+        self._scores = None if decoding.params.logprobs is None else Scores()
         self._text: list[str] = []
         self._reason = "stop"
         self.stopped_by: str | None = None  # a stop string
@@ -25,7 +27,10 @@ class PlainStream:
         for drawn in self._decoding:
             self._reason = drawn.finish_reason or "stop"
             if drawn.id not in self._decoding.params.stop_ids:
-                yield from self._show(stops.push(text.push(drawn.id)))
+                came = text.push(drawn.id)
+                if self._scores and drawn.logprobs:
+                    self._scores.came(came, drawn.logprobs.spelled(drawn.id, self._tokenizer))
+                yield from self._show(stops.push(came))
             if stops.found:
                 self._reason, self.stopped_by = "stop", stops.match
                 return
@@ -34,7 +39,7 @@ class PlainStream:
     def _show(self, text: str) -> Iterator[ContentDelta]:
         if text:
             self._text.append(text)
-            yield ContentDelta(text)
+            yield ScoredDelta(text, self._scores.shown(text)) if self._scores else ContentDelta(text)
 
     @property
     def reply(self) -> Reply:
@@ -49,4 +54,5 @@ class PlainStream:
             usage=Usage(prompt_tokens, run.count, 0, cached),
             timings=Timings(*times, prompt_tokens, run.count, cached, run.drafting),
             notice=explain(text, self._reason, [], "", run.count),
+            logprobs=self._scores.told if self._scores else None,
         )

@@ -9,6 +9,8 @@ import openai
 import pytest
 from support.serving import KEY, base64_of, data_uri
 
+from iolite.generate.reply import Alternative, TokenLogprobs
+from iolite.server.logprobs import TextLogprobs
 from iolite.server.openai_fields import with_details
 
 WEATHER = {
@@ -231,7 +233,8 @@ def test_schema(client):
     ("more", "about"),
     [
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 1e300}, "temperature"),
@@ -305,6 +308,65 @@ def test_completions(client):
         client.completions.create(model="x", prompt=["a", "b"])
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="x", prompt="a", echo=True)
+
+
+def test_how_likely_tokens_were(client, nano):
+    settings = {"logprobs": True, "top_logprobs": 3, "temperature": 0}
+    choice = ask(client, NUMBER, **settings).choices[0]
+    found = choice.logprobs.content
+    assert "".join(token.token for token in found) == choice.message.content == "47"
+    expected = nano.logits(nano.prompt(NUMBER))[-1].double().log_softmax(-1)
+    assert found[0].bytes == list(found[0].token.encode())
+    assert [each.logprob for each in found[0].top_logprobs] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-3)
+    assert found[0].logprob == found[0].top_logprobs[0].logprob
+    chunks = list(ask(client, NUMBER, stream=True, **settings))
+    streamed = [token for c in chunks if c.choices[0].logprobs for token in c.choices[0].logprobs.content]
+    assert [token.token for token in streamed] == [token.token for token in found]
+    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in found], abs=1e-3)
+    for chunk in chunks:
+        told = chunk.choices[0].logprobs
+        assert (chunk.choices[0].delta.content or "") == "".join(
+            token.token for token in (told.content if told else ())
+        )
+    assert ask(client, NUMBER, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+    assert ask(client, NUMBER, logprobs=False).choices[0].logprobs is None
+    assert ask(client, NUMBER).choices[0].logprobs is None
+
+
+def test_how_likely_tokens_of_several_choices_were(client):
+    messages = [{"role": "user", "content": "who are you?"}]
+    more = {"n": 2, "seed": 5, "temperature": 3.0, "max_tokens": 12, "extra_body": {"top_k": 0}, "top_p": 1}
+    for choice in ask(client, messages, logprobs=True, **more).choices:
+        spelled = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
+        assert spelled.decode(errors="replace") == choice.message.content
+
+
+def test_how_likely_tokens_of_a_text_were(client):
+    settings = {"model": "x", "prompt": "what is", "max_tokens": 8, "logprobs": 2, "temperature": 0}
+    choice = client.completions.create(**settings).choices[0]
+    found = choice.logprobs
+    assert "".join(found.tokens) == choice.text
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 8
+    for i, (token, start) in enumerate(zip(found.tokens, found.text_offset, strict=True)):
+        assert choice.text[start:].startswith(token)
+        assert found.top_logprobs[i][token] == found.token_logprobs[i] < 0
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**settings, stream=True)]
+    parts = [part for part in streamed if part]
+    assert [token for part in parts for token in part.tokens] == found.tokens
+    assert [start for part in parts for start in part.text_offset] == found.text_offset
+    plain = client.completions.create(**settings | {"logprobs": None}).choices[0]
+    assert plain.logprobs is None
+    assert plain.text == choice.text
+
+
+def test_parts_of_characters_have_names():
+    part = TokenLogprobs(1, b"\xe2\x82", -1.0, (Alternative(2, b"\xe2", -0.5), Alternative(3, b"a", -0.7)))
+    rest = TokenLogprobs(4, b"\xac", -2.0)
+    told = TextLogprobs()
+    first, second = told([part]), told([rest, TokenLogprobs(3, b"a", -1.0)])
+    assert first["top_logprobs"] == [{"bytes:\\xe2": -0.5, "a": -0.7, "bytes:\\xe2\\x82": -1.0}]
+    assert (first["text_offset"], second["text_offset"]) == ([0], [0, 1])
+    assert second["tokens"] == ["bytes:\\xac", "a"]
 
 
 def test_the_detail_of_a_picture_is_a_number_of_tokens():
