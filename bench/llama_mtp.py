@@ -88,7 +88,7 @@ class Settings:
     """What a server runs: a GGUF model and, for drafts > 0, its GGUF drafter, which drafts as many tokens a pass.
 
     acceptance: how likely a draft counts as accepted, given that those before it were; None: when it is the model's own
-    token. context: tokens of a prompt and its answer.
+    token. context: tokens of a prompt and its answer, of all slots together. slots: answers drawn at once.
     """
 
     model: str
@@ -97,10 +97,12 @@ class Settings:
     acceptance: float | None = None
     threads: int = 1
     context: int = 4096
+    slots: int = 1
 
     def arguments(self) -> list[str]:
         """Of the command line; the rest is as llama.cpp's makers set it up."""
-        numbers = {"--threads": self.threads, "--ctx-size": self.context, "--parallel": 1, "--cache-ram": 0}
+        numbers = {"--threads": self.threads, "--ctx-size": self.context, "--parallel": self.slots}
+        numbers |= {"--cache-ram": 0}
         found = ["--model", self.model, "--offline", "--no-ui"]
         if self.drafts:
             assert self.drafter is not None

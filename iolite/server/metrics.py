@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,6 +43,11 @@ class Meters:
             ("iolite_cache_bytes", "Keys and values that are kept", lambda: stats().cache_bytes),
         ):
             Gauge(name, what, registry=self.registry).set_function(value)
+        requests = Gauge(
+            "iolite_engine_requests", "Answers begun, and how they ended", ["state"], registry=self.registry
+        )
+        for state in ("submitted", "finished", "cancelled", "failed"):
+            requests.labels(state).set_function(partial(_counter, stats, state))
 
     def count(self, reply: Reply) -> None:
         """One complete answer."""
@@ -57,6 +63,10 @@ class Meters:
 
     def page(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _counter(stats: Callable[[], Stats], name: str) -> float:
+    return float(getattr(stats(), name))
 
 
 class Counting:

@@ -70,6 +70,7 @@ def test_metrics(http):
     for line in (
         'iolite_tokens_total{kind="drawn"}',
         "iolite_running_answers 0.0",
+        'iolite_engine_requests{state="failed"} 0.0',
         "iolite_time_to_first_token_seconds_count",
     ):
         assert line in page
