@@ -238,7 +238,9 @@ class Bench:
         asked, questions = self.asked, self.questions(clients, self.asked.answers)
         context = clients * (asked.prompt + 16 + asked.tokens + 64)
         settings = LlamaSettings(asked.peer_model, threads=asked.threads, context=context, slots=clients)
-        with LlamaServer(settings) as server, httpx.Client(base_url=server.address, timeout=_LOADS) as client:
+        # It closes a connection that is kept when it likes to.
+        way: dict[str, Any] = {"timeout": _LOADS, "trust_env": False, "headers": {"Connection": "close"}}
+        with LlamaServer(settings) as server, httpx.Client(base_url=server.address, **way) as client:
             take_turn(clients, 1, lambda i: ask_llama(client, questions[i][1][:8], 4))  # as above
             turn = take_turn(clients, asked.answers, lambda i: ask_llama(client, questions[i][1], asked.tokens))
         self.keep("llama.cpp", turn)

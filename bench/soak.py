@@ -41,6 +41,8 @@ CHAT = "/v1/chat/completions"
 _STUCK = 60.0  # seconds after which a request counts as stuck; the longest answer takes two
 _EVERY = 2.0  # seconds between two readings of memory
 _WARM = 0.2  # share of the time in which buffers and caches fill
+_TELLING = 300.0  # seconds from which on growth is judged
+_GROWN = 1.1  # times as much as after the warm-up is a leak
 _TOOL = {"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"at": {"type": "string", "maxLength": 8}}, "required": ["at"]}}}  # fmt: skip
 _SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
@@ -387,6 +389,16 @@ def growth(readings: Sequence[Reading]) -> dict[str, float]:
     return found | {"megabytes_a_minute": round(float(slope), 2)}
 
 
+def leaks(readings: Sequence[Reading]) -> list[str]:
+    """What has grown. Runs of a few minutes are all warm-up, and tell nothing."""
+    if not readings or readings[-1].seconds < _TELLING:
+        return []
+    found = growth(readings)
+    names = [name.removesuffix("_early") for name in found if name.endswith("_early")]
+    grown = [name for name in names if found[f"{name}_late"] > _GROWN * found[f"{name}_early"] + 2]
+    return [f"{name} grew from {found[f'{name}_early']} to {found[f'{name}_late']}" for name in grown]
+
+
 def draw(readings: Sequence[Reading], path: str) -> None:
     import matplotlib
 
@@ -513,11 +525,13 @@ def main() -> None:
     asked = parser.parse_args()
     account = Account()
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w") as log:
-        # Fewer places than clients, so that some are sent away.
-        options = ("-np", "4", "--queue", "3", "--chats", f"{folder}/chats.sqlite")
+        # Fewer places than clients, so that some are sent away; a small model may say "please" for ever.
+        options = ("-np", "4", "--queue", "3", "-n", "300", "--chats", f"{folder}/chats.sqlite")
         with Iolite(asked.model, *options, log=log) as server:
             readings = soak(server, account, asked.clients, 60 * asked.minutes)
-            wrong = audit(account, settle(server, account))
+            wrong = audit(account, settle(server, account)) + leaks(readings)
+            seen = {name: dict(getattr(account, name)) for name in ("sent", "ended", "statuses")}  # without the kills
+            seen_answers = account.answers
         if asked.plot:
             draw(readings, asked.plot)
         checked = 0
@@ -531,8 +545,8 @@ def main() -> None:
         log.flush()
         wrong += lost + [line for line in Path(folder, "log").read_text().splitlines() if "Error" in line][:20]
     found = {
-        "minutes": asked.minutes, "sent": account.sent, "ended": account.ended, "statuses": account.statuses,
-        "answers": account.answers, "slowest_s": round(account.slowest, 2), "memory": growth(readings),
+        "minutes": asked.minutes, **seen, "answers": seen_answers,
+        "slowest_s": round(account.slowest, 2), "memory": growth(readings),
         "kills": asked.kills, "chats": len(account.chats), "messages_checked": checked, "wrong": wrong,
     }  # fmt: skip
     print(json.dumps(found, indent=1))

@@ -51,6 +51,8 @@ def test_memory_that_grows_shows(soak: ModuleType) -> None:
     assert soak.growth(flat)["megabytes_a_minute"] == 0
     assert soak.growth(flat)["megabytes_early"] == soak.growth(flat)["megabytes_late"] == 100
     assert soak.growth(grows)["megabytes_a_minute"] == pytest.approx(2)
+    assert soak.leaks(flat) == []
+    assert len(soak.leaks(grows)) == 1 and soak.leaks(grows[:5]) == []
 
 
 def test_clients_at_one_server(serve: ModuleType) -> None:
