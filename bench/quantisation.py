@@ -99,7 +99,7 @@ def calibration(model: Model, folder: Path, count: int) -> list[Asked]:
         build_store(folder, processes=min(4, os.cpu_count() or 1), progress=said, size=CALIBRATION_STORE)
     data, names = NanoData(folder, "train", CALIBRATION_SEED), tuple(TASKS)
     samples = [data.sample(names[i % len(names)], np.random.default_rng([CALIBRATION_SEED, i])) for i in range(count)]
-    return [asked(model, s.task, nano.with_media(s), s.answer) for s in samples]
+    return [asked(model, s.task, s.question(), s.answer) for s in samples]
 
 
 def said(done: int, total: int, _: str) -> None:

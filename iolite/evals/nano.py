@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,24 +43,7 @@ def questions(data: NanoData, task: str, count: int) -> Iterator[Question]:
     """`count` questions of a task, always the same ones, the first of them also when count is smaller."""
     for i in range(count):
         sample = data.sample(task, np.random.default_rng([i, *task.encode()]), difficulty=1.0)
-        yield Question(with_media(sample), sample.answer, group(sample))
-
-
-def with_media(sample: Sample) -> list[dict[str, Any]]:
-    """The question's messages with the pictures and sounds put into their parts."""
-    images, sounds = iter(sample.images), iter(sample.sounds)
-
-    def filled(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "image":
-            return {**part, "image": next(images)}
-        if part["type"] == "audio":
-            return {**part, "audio": next(sounds), "sampling_rate": 16_000}
-        return part
-
-    return [
-        {**m, "content": [filled(p) for p in m["content"]] if isinstance(m["content"], list) else m["content"]}
-        for m in sample.messages[:-1]
-    ]
+        yield Question(sample.question(), sample.answer, group(sample))
 
 
 def group(sample: Sample) -> str:

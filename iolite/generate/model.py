@@ -27,7 +27,7 @@ from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.drafter_packing import bytes_needed
 from iolite.checkpoint.names import expected_shapes
 from iolite.checkpoint.packing import PackingSource, read_weights
-from iolite.checkpoint.pairing import Pair, find_pair, load_pair
+from iolite.checkpoint.pairing import Pair, Unpaired, find_pair, load_pair
 from iolite.checkpoint.plan import LEAST_CONTEXT, Part, Plan, plan
 from iolite.checkpoint.source import Source, open_source
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig
@@ -112,10 +112,7 @@ def load(
     choice = choose(device, dtype, config.dtype, parameters, packed=scheme)
     kv_dtype = _kv_dtype(kv, choice, packed=scheme is not None)
     pair = find_pair(source, os.fspath(path), drafter) if drafter and drafter != "none" else None
-    beside = None
-    if isinstance(pair, Pair):
-        beside = Part("drafter", "drafter", bytes_needed(pair.source, scheme, choice.dtype.itemsize))
-    planned = _plan_that_fits(source, scheme, kv, choice, context, beside)
+    planned = _plan_that_fits(source, scheme, kv, choice, context, pair)
     if context is None and planned.context < limit:
         note = f"; a context of {planned.context:,} tokens of {limit:,}, which is what fits in memory"
         choice = replace(choice, reason=choice.reason + note)
@@ -123,11 +120,6 @@ def load(
     check_tokenizer(tokenizer, config)
     weights = read_weights(source, quantize, progress)
     network = assemble(config, weights, dtype=choice.dtype, device=choice.device).eval().requires_grad_(False)
-    speculator = None
-    if pair:
-        settings: dict[str, Any] = {"dtype": choice.dtype, "device": choice.device, "progress": progress}
-        drafting = load_pair(pair, scheme, **settings) if isinstance(pair, Pair) else None
-        speculator = Speculator(network, measure(network, drafting, kv_dtype), drafting)
     return Model(
         name=str(path),
         folder=source.folder,
@@ -144,16 +136,31 @@ def load(
         scheme=scheme,
         context=planned.context,
         chunk=planned.chunk,
-        load_seconds=time.perf_counter() - begin,
-        speculator=speculator,
+        speculator=_speculator(network, pair, scheme, choice, kv_dtype, progress) if pair else None,
         drafting=pair.note if pair else None,
+        load_seconds=time.perf_counter() - begin,
     )
 
 
+def _speculator(
+    network: Unified,
+    pair: Pair | Unpaired,
+    scheme: str | None,
+    choice: Choice,
+    kv_dtype: torch.dtype | None,
+    progress: Callable[[int, int, str], None] | None,
+) -> Speculator:
+    """With the drafter of a pair, and without one where none was found; what passes cost is measured here."""
+    drafter = None
+    if isinstance(pair, Pair):
+        drafter = load_pair(pair, scheme, dtype=choice.dtype, device=choice.device, progress=progress)
+    return Speculator(network, measure(network, drafter, kv_dtype), drafter)
+
+
 def _plan_that_fits(
-    source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None, drafter: Part | None
+    source: Source, scheme: str | None, kv: str, choice: Choice, asked: int | None, pair: Pair | Unpaired | None
 ) -> Plan:
-    """For the context that was asked for, or the longest that there is memory for.
+    """For the context that was asked for, or the longest that there is memory for, beside the drafter of a pair.
 
     Raises UsageError, with what would fit, when what was asked for does not, or hardly any context does.
     """
@@ -161,6 +168,9 @@ def _plan_that_fits(
     tiles = None
     if scheme:
         tiles = {name: format.tile_bytes for name, format in PackingSource(source, scheme).packed_formats().items()}
+    drafter = None
+    if isinstance(pair, Pair):
+        drafter = Part("drafter", "drafter", bytes_needed(pair.source, scheme, choice.dtype.itemsize))
     planned_for = functools.partial(
         plan,
         source.config,

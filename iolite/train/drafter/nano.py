@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from iolite.train.drafter.data import END_OF_TURN, answer
 from iolite.train.drafter.reading import Dialogue
 from iolite.train.nano.recipe import stretched
 from iolite.train.nano.store import build_store
-from iolite.train.nano.tasks import TASKS, NanoData, Sample
+from iolite.train.nano.tasks import TASKS, NanoData
 
 MIXTURE = "mixture"  # of all tasks, in the recipe's proportions
 _SHARES = np.cumsum(list(TASKS.values())) / sum(TASKS.values())
@@ -44,23 +43,6 @@ def open_store(folder: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def messages_of(sample: Sample) -> list[dict[str, Any]]:
-    """What the user says in a sample, with its pictures and sounds in their places."""
-    images, sounds = iter(sample.images), iter(sample.sounds)
-
-    def filled(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "image":
-            return {**part, "image": next(images)}
-        if part["type"] == "audio":
-            return {**part, "audio": next(sounds), "sampling_rate": 16_000}
-        return part
-
-    return [
-        {**m, "content": [filled(p) for p in m["content"]] if isinstance(m["content"], list) else m["content"]}
-        for m in sample.messages[:-1]
-    ]
-
-
 class NanoSource:
     """Steps of samples from the training half of a store, each from its own step's dice; replies are the recipe's.
 
@@ -87,7 +69,7 @@ class NanoSource:
                 continue
             if sample.sounds and rng.random() < 0.6:
                 sample = stretched(sample, math.exp(rng.uniform(-0.14, 0.14)))
-            found.append(Dialogue(self.model.prompt(messages_of(sample)), reply))
+            found.append(Dialogue(self.model.prompt(sample.question()), reply))
         return found
 
     def close(self) -> None:
@@ -103,7 +85,7 @@ def held_out(model: Model, store: Path, count: int, note: Callable[[int, int], N
         for i in range(count):
             rng = np.random.default_rng([i, *name.encode()])
             task = _task(rng) if name == MIXTURE else name
-            prompt = model.prompt(messages_of(data.sample(task, rng)))
+            prompt = model.prompt(data.sample(task, rng).question())
             some.append(Dialogue(prompt, answer(model, prompt, _LONGEST)))
             note(number * count + i + 1, count * len(sets))
     return sets

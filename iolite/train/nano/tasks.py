@@ -54,6 +54,22 @@ class Sample:
     image_dense: list[list[str]] = field(default_factory=list)
     audio_dense: list[list[str]] = field(default_factory=list)
 
+    def question(self) -> list[dict[str, Any]]:
+        """The messages but for the answer, with pictures and sounds put into their parts."""
+        images, sounds = iter(self.images), iter(self.sounds)
+
+        def filled(part: dict[str, Any]) -> dict[str, Any]:
+            if part["type"] == "image":
+                return {**part, "image": next(images)}
+            if part["type"] == "audio":
+                return {**part, "audio": next(sounds), "sampling_rate": 16_000}
+            return part
+
+        return [
+            {**m, "content": [filled(p) for p in m["content"]] if isinstance(m["content"], list) else m["content"]}
+            for m in self.messages[:-1]
+        ]
+
     @property
     def answer(self) -> str:
         """What the assistant should say."""
