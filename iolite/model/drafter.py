@@ -11,7 +11,7 @@ Names are the checkpoint's. Letters: N sequences, M hidden size of the model, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -192,12 +192,3 @@ def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
     chosen = rows.argmax(-1)
     largest = np.take_along_axis(rows, chosen[:, None], -1)
     return torch.from_numpy(chosen), torch.from_numpy(1 / np.exp(rows - largest).sum(-1))
-
-
-def drafts(
-    drafter: Drafter, model: Unified, tokens: Tensor, hidden: Tensor, caches: Sequence[KVCache], count: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` steps of `Chains`."""
-    chains = Chains(drafter, model, tokens, hidden, caches)
-    for _ in range(count):
-        yield chains.step()

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class Minimised(Protocol):
 Outcome = TypeVar("Outcome", bound=Minimised)
 
 
-class Loop(Generic[Network, Batch, Outcome]):
+class Loop(ABC, Generic[Network, Batch, Outcome]):
     """One process of a run. With several, each calls the same methods in the same order."""
 
     figures: tuple[str, ...] = ("loss",)
@@ -130,9 +131,9 @@ class Loop(Generic[Network, Batch, Outcome]):
     def _nothing(self) -> list[float]:
         return [0.0] * (len(self.figures) + 1)
 
+    @abstractmethod
     def _loss(self, batch: Batch) -> Outcome:
         """The forward pass over what the source gave."""
-        raise NotImplementedError
 
     def _figures(self, loss: Outcome) -> tuple[Tensor, ...]:
         """What the log tells of a step, in the order of `figures`."""

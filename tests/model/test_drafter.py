@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.compare import assert_near, sample_for
+from support.drafting import drafts
 from support.oracle import Audio, Image, Piece, Sample, Text
 from support.tiny import TINY
 from support.tiny_drafter import DRAFTERS, reading_only, reference_keys, reference_steps, save_reference_drafter
@@ -28,7 +29,7 @@ from iolite.checkpoint.synthetic import drafter_config
 from iolite.config import ModelConfig
 from iolite.kernels import ops
 from iolite.model.batch import Media, RaggedBatch, Segment
-from iolite.model.drafter import CachedView, Drafter, drafts, likeliest
+from iolite.model.drafter import CachedView, Drafter, likeliest
 from iolite.model.prefill import prefill
 from iolite.model.unified import Unified
 

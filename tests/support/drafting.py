@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from iolite.cache import KVCache
 from iolite.generate.continuation import Continuation
@@ -13,6 +14,7 @@ from iolite.generate.costs import Costs
 from iolite.generate.passes import Passes
 from iolite.generate.sampling import Sampler, SamplingParams
 from iolite.generate.speculative import Proposal, Speculator
+from iolite.model.drafter import Chains, Drafter
 from iolite.model.prefill import prefill
 from iolite.model.unified import Unified
 from iolite.prompt import Prompt
@@ -66,3 +68,12 @@ def draw(
         for sequence in going:
             sequence.take((), *run([sequence.cache], [sequence.ids[-1:]]))
     return found
+
+
+def drafts(
+    drafter: Drafter, model: Unified, tokens: Tensor, hidden: Tensor, caches: Sequence[KVCache], count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` steps of `Chains`."""
+    chains = Chains(drafter, model, tokens, hidden, caches)
+    for _ in range(count):
+        yield chains.step()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.compare import assert_near, sample_for
+from support.drafting import drafts
 from support.oracle import Audio, Image, Piece, Text
 from support.tiny import randomise
 from torch import Tensor
@@ -19,7 +20,7 @@ from iolite.checkpoint.drafter import check_pair
 from iolite.config import FULL, SLIDING
 from iolite.kernels import ops
 from iolite.model.batch import Media, RaggedBatch, Segment
-from iolite.model.drafter import CachedView, Drafter, drafts
+from iolite.model.drafter import CachedView, Drafter
 from iolite.model.prefill import prefill
 from iolite.model.unified import Unified
 from iolite.quant.linear import quantize_
