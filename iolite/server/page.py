@@ -14,24 +14,16 @@ from starlette.responses import PlainTextResponse, Response
 
 from iolite import __version__
 from iolite.errors import MessageError
-from iolite.server.answers import Ask
-from iolite.server.attachments import OTHER, budgets, longest, part_of, take
-from iolite.server.chats import Chat, Chats, Message
-from iolite.server.page_fields import (
-    ChatChange,
-    ChatSettings,
-    Turn,
-    in_markdown,
-    shown_chat,
-    shown_message,
-)
+from iolite.server.attachments import OTHER, budgets, longest, take
+from iolite.server.chats import Chat, Chats
+from iolite.server.page_fields import ChatChange, Turn, in_markdown, shown_chat, shown_message
 from iolite.server.service import service_of
 from iolite.server.static_files import OPEN, static
+from iolite.server.turns import ask_for, new_messages, store
 from iolite.server.wire import json_response
 from iolite.server.writing import Writing, WritingResponse
 
 router = APIRouter(include_in_schema=False)
-TITLE = 60  # characters of a first message that name its chat
 
 
 @router.get("/")
@@ -186,31 +178,14 @@ async def file(request: Request, id: str) -> Response:
 async def answer(request: Request, id: str, body: Turn) -> Response:
     """Stores a message and streams the answer to it."""
     service, chats, chat = service_of(request), chats_of(request), await found(request, id)
-    settings = ChatSettings.model_validate(chat.settings)
-    asked = await asyncio.to_thread(_asked, chats, chat, body)
-    path = chat.path(body.parent) + asked
-    messages = await asyncio.to_thread(_as_messages, chats, settings, path)
-    ask = Ask(
-        messages=messages,
-        tools=settings.tools or None,
-        thinking=service.settings.thinking if settings.thinking is None else settings.thinking,
-        thinking_budget=settings.thinking_budget,
-        sampling=settings.sampling(),
-    )
-    begun = await service.answers.start(ask)
+    asked = await asyncio.to_thread(new_messages, chats, chat, body)
+    begun = await service.answers.start(await asyncio.to_thread(ask_for, service, chats, chat, body.parent, asked))
     try:
-        stored, reply = await asyncio.to_thread(_stored, chats, chat, asked, body.parent)
-        title = await asyncio.to_thread(_named, chats, chat, path)
-        files = await asyncio.to_thread(chats.files_of, chat)
+        begin, reply = await asyncio.to_thread(store, chats, chat, body.parent, asked)
     except BaseException:
         begun.close()
         raise
-    begin = {
-        "asked": [shown_message(message, files) for message in stored],
-        "message": shown_message(reply, {}),
-        "title": title,
-        "prompt_tokens": begun.prompt_tokens,
-    }
+    begin["prompt_tokens"] = begun.prompt_tokens
     writing = Writing(chats, begun, reply, begin, service.settings.ping)
     writings: dict[int, Writing] = request.app.state.writings
     writings[reply.id] = writing
@@ -224,77 +199,3 @@ async def stop(request: Request, id: int) -> Response:
     if writing:
         writing.stop()
     return Response(status_code=204)
-
-
-def _asked(chats: Chats, chat: Chat, turn: Turn) -> list[Message]:
-    """The new messages of a turn, not yet stored: none when it only asks again."""
-    parent = next((message for message in chat.messages if message.id == turn.parent), None)
-    if turn.parent is not None and parent is None:
-        raise MessageError("the chat has no such message to go on from", "reload the page")
-    if turn.again:
-        if parent is None or parent.role == "assistant":
-            raise MessageError("there is no question to answer again", "reload the page")
-        return []
-    if turn.results:
-        known = {call["id"]: call for call in (parent.calls if parent else ())}
-        if any(result.call not in known for result in turn.results):
-            raise MessageError("there is no such call", "reload the page")
-        return [
-            Message(0, None, "tool", r.text, info={"call": r.call, "name": known[r.call]["name"]}) for r in turn.results
-        ]
-    if not turn.text.strip() and not turn.files:
-        raise MessageError("the message is empty", "write something, or attach a file")
-    return [Message(0, turn.parent, "user", turn.text, files=turn.attached())]
-
-
-def _as_messages(chats: Chats, settings: ChatSettings, path: list[Message]) -> list[dict[str, Any]]:
-    """A branch as the model reads it: pictures and texts before the words, sound after them."""
-    messages: list[dict[str, Any]] = []
-    if settings.system.strip():
-        messages.append({"role": "system", "content": settings.system})
-    for message in path:
-        if message.role == "user":
-            messages.append({"role": "user", "content": _parts(chats, message)})
-        elif message.role == "tool":
-            messages.append({"role": "tool", "tool_call_id": message.info["call"], "name": message.info["name"],
-                             "content": message.text})  # fmt: skip
-        elif message.text or message.calls:
-            calls = [
-                {"id": call["id"], "type": "function",
-                 "function": {"name": call["name"], "arguments": call["arguments"]}}
-                for call in message.calls
-            ]  # fmt: skip
-            more = {"tool_calls": calls, "reasoning_content": message.reasoning} if calls else {}
-            messages.append({"role": "assistant", "content": message.text, **more})
-    return messages
-
-
-def _parts(chats: Chats, message: Message) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for attached in message.files:
-        kept = chats.file(attached.file)
-        if kept is None:
-            raise MessageError(f"the file {attached.name} is not here any more", "attach it again")
-        parts.append(part_of(kept, attached))
-    text = [{"type": "text", "text": message.text}] if message.text.strip() else []
-    return [p for p in parts if p["type"] != "audio"] + text + [p for p in parts if p["type"] == "audio"]
-
-
-def _stored(chats: Chats, chat: Chat, asked: list[Message], parent: int | None) -> tuple[list[Message], Message]:
-    """The new messages, each behind the one before, and an empty answer to them."""
-    stored: list[Message] = []
-    for message in asked:
-        message = chats.add(chat.id, Message(**{**vars(message), "parent": parent}))
-        parent = message.id
-        stored.append(message)
-    return stored, chats.add(chat.id, Message(0, parent, "assistant", "", info={"state": "writing"}))
-
-
-def _named(chats: Chats, chat: Chat, path: list[Message]) -> str:
-    """A chat's title; one that has none is called by how it begins."""
-    if chat.title or not path:
-        return chat.title
-    words = " ".join(path[0].text.split()) or ", ".join(file.name for file in path[0].files)
-    title = words if len(words) <= TITLE else words[:TITLE].rsplit(" ", 1)[0] + " …"
-    chats.change(chat.id, title=title)
-    return title
