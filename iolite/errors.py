@@ -8,7 +8,8 @@
     │   └── ConfigError        a config.json whose values we cannot honour
     ├── DownloadError          a model that is neither here nor to be fetched
     ├── ContextError           a prompt longer than the model's (or the plan's) context
-    └── BusyError              an engine that takes no more requests now; `retry_after` says when it may
+    ├── BusyError              an engine that takes no more requests now; `retry_after` says when it may
+    └── ProcessError           another process of the same run has ended
 
 A command prints `error: MESSAGE`, then `hint: HINT`, and exits with 2. Anything else that is raised is our bug.
 """
@@ -59,3 +60,7 @@ class BusyError(IoliteError):
         """retry_after: seconds after which it may be worth asking again."""
         super().__init__(message, hint)
         self.retry_after = retry_after
+
+
+class ProcessError(IoliteError):
+    """Another process, without which a run cannot go on, has ended."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +16,7 @@ import iolite
 from iolite.checkpoint.folder import load_folder
 from iolite.checkpoint.safetensors import SafetensorsFile
 from iolite.cli import run_command
-from iolite.errors import UsageError
+from iolite.errors import ProcessError, UsageError
 from iolite.evals import nano
 from iolite.model.unified import Unified
 from iolite.text.tokenizer import Tokenizer
@@ -24,6 +26,7 @@ from iolite.train.nano.store import SplitSize, StoreSize, build_store
 from iolite.train.nano.tasks import TASKS, NanoData, Sample
 from iolite.train.nano.tokenizer import train_tokenizer
 from iolite.train.parallel import Group
+from iolite.train.trainer import Settings
 
 pytestmark = pytest.mark.usefixtures("espeak")
 
@@ -104,6 +107,29 @@ def test_a_run_leaves_a_model_that_loads_and_is_measured(
     assert (packed["quantize"], packed["dtype"], packed["tasks"]["read"]["n"]) == ("int4", "float32", 2)
     assert run_command([*asked[:-3], "--tasks", "talk"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["task", "right", "95", "%", "n"]
+
+
+def test_a_run_in_two_processes_ends_with_its_steps_and_with_an_error_when_one_is_killed(
+    store: Path, tmp_path: Path
+) -> None:
+    settings = Settings(60, max_steps=3, log_every=0, average_from=-1, compile=False)
+    recipe.train(recipe.Run(tmp_path / "whole", store, settings, rows=6, ahead=0, per_task=4), lambda line: None)
+    records = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in records[-2:]] == [("train", 3), ("eval", 3)]
+    assert "averaged" in records[-1]
+
+    killed = list[int | None]()
+
+    def kill(line: str) -> None:
+        if "step      2" in line:
+            (peer,) = multiprocessing.active_children()
+            peer.kill()
+            peer.join()
+            killed.append(peer.exitcode)
+
+    with pytest.raises(ProcessError, match="another process of this run has ended"):
+        recipe.train(recipe.Run(tmp_path / "killed", store, settings, rows=6, ahead=0, per_task=4), kill)
+    assert killed == [-signal.SIGKILL]
 
 
 def test_a_run_is_not_begun_twice_and_can_be_exported_as_it_stands(

@@ -21,7 +21,7 @@ from iolite.model.unified import Unified
 from iolite.train.data import ANSWER, DENSE, BucketBatch, DirectSource, Example, Layout
 from iolite.train.loss import exact_rows, labelled_loss
 from iolite.train.nano.recipe import initialise_, parameter_groups
-from iolite.train.parallel import FlatGradients, Group, free_port
+from iolite.train.parallel import FlatGradients, Group, group_of
 from iolite.train.trainer import Scores, Settings, Trainer
 
 LAYOUT = Layout(((8, 4), (12, 2)))
@@ -206,21 +206,20 @@ def test_gradients_are_clipped_as_one_vector() -> None:
     assert flat.extra.tolist() == [0]
 
 
-def _peer(folder: Path, rank: int, port: int) -> None:
+def _peer(folder: Path, group: Group) -> None:
     """One of two processes: three steps, then its weights and the gradient norm of the last."""
     torch.set_num_threads(1)
-    group = Group(rank, 2, port)
     one = trainer(folder, group=group)
     losses(one, 3)
-    torch.save(weights(one) | {"norm": torch.tensor(one.norm)}, folder / f"{rank}.pt")
-    group.close()
+    torch.save(weights(one) | {"norm": torch.tensor(one.norm)}, folder / f"{group.rank}.pt")
 
 
 def test_two_processes_take_the_step_of_their_mean_gradient(tmp_path: Path) -> None:
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    peers = [context.Process(target=_peer, args=(tmp_path, rank, port)) for rank in range(2)]
-    for peer in peers:
+    context, groups = multiprocessing.get_context("spawn"), group_of(2)
+    peers = [context.Process(target=_peer, args=(tmp_path, group)) for group in groups]
+    for peer, group in zip(peers, groups, strict=True):
         peer.start()
+        group.close()
     # The same in one process: two models' gradients, averaged by hand.
     both = [trainer(tmp_path / str(rank)) for rank in range(2)]
     both[1].source = DirectSource(LAYOUT, Draw(), (7, 1))

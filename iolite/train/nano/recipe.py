@@ -14,8 +14,10 @@ import math
 import multiprocessing
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from iolite.config import (
     TextConfig,
     VisionConfig,
 )
-from iolite.errors import UsageError
+from iolite.errors import ProcessError, UsageError
 from iolite.model.unified import Unified
 from iolite.text.template import ChatTemplate
 from iolite.text.tokenizer import Tokenizer
@@ -45,7 +47,7 @@ from iolite.train.loss import exact_rows
 from iolite.train.nano.curves import draw_in_background
 from iolite.train.nano.speech import FRAME
 from iolite.train.nano.tasks import TASKS, NanoData, Sample
-from iolite.train.parallel import Group, free_port
+from iolite.train.parallel import Group, group_of
 from iolite.train.trainer import Scores, Settings, Source, Trainer
 
 VOCABULARY = 1024
@@ -297,14 +299,18 @@ def train(run: Run, progress: Callable[[str], None]) -> None:
     prepare(run, progress)
     layout = measured_layout(run.store, run.folder, max(1, run.rows // run.processes))
     progress(f"a step of one process: {layout.num_tokens} tokens in rows of " + _shape(layout))
-    port = free_port() if run.processes > 1 else 0
+    lead, *others = group_of(run.processes)
     context = multiprocessing.get_context("spawn")
-    peers = [context.Process(target=_work, args=(run, layout, rank, port)) for rank in range(1, run.processes)]
-    for peer in peers:
-        peer.start()
+    peers = list[SpawnProcess]()
     try:
-        _work(run, layout, 0, port, progress)
+        for group in others:
+            peer = context.Process(target=_follow, args=(run, layout, group))
+            peer.start()
+            peers.append(peer)
+            group.close()  # it is the peer's now
+        _work(run, layout, lead, progress)
     finally:
+        lead.close()
         for peer in peers:
             peer.join(timeout=60)
             if peer.is_alive():
@@ -337,14 +343,23 @@ def prepare(run: Run, progress: Callable[[str], None]) -> None:
         train_tokenizer(NanoData(run.store, "train").texts(), VOCABULARY, run.folder)
 
 
-def _work(run: Run, layout: Layout, rank: int, port: int, progress: Callable[[str], None] | None = None) -> None:
+def _follow(run: Run, layout: Layout, group: Group) -> None:
+    """A process beside the lead. When another has ended it ends too, and leaves it to the lead to tell."""
+    try:
+        _work(run, layout, group)
+    except ProcessError:
+        sys.exit(1)
+    finally:
+        group.close()
+
+
+def _work(run: Run, layout: Layout, group: Group, progress: Callable[[str], None] | None = None) -> None:
     """One process of the run."""
     torch.set_num_threads(1)
-    group = Group(rank, run.processes, port)
     model = Unified(nano_config(Tokenizer.from_file(run.folder / "tokenizer.json")))
     initialise_(model, run.seed)
     model.to(run.device)
-    draw, seed = Draw(run.store, run.folder, run.seed + rank), (run.seed, rank)
+    draw, seed = Draw(run.store, run.folder, run.seed + group.rank), (run.seed, group.rank)
     source: Source = DirectSource(layout, draw(), seed)
     if run.ahead:
         source = Feeder(layout, draw, seed, ahead=run.ahead, fresh=run.fresh)
@@ -362,10 +377,11 @@ def _work(run: Run, layout: Layout, rank: int, port: int, progress: Callable[[st
     )
     if run.resume:
         trainer.resume()
-    trainer.run()
-    if report:
-        report.wait()
-    group.close()
+    try:
+        trainer.run()
+    finally:
+        if report:
+            report.wait()
 
 
 class Reporter:
