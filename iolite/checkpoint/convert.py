@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from iolite.checkpoint import names, packed_folder
+from iolite.checkpoint.files import replacing
 from iolite.checkpoint.folder import INDEX, WEIGHTS
 from iolite.checkpoint.gguf_drafter import open_drafter, write_drafter
 from iolite.checkpoint.gguf_export import KINDS, Contents, mmproj_name, write_embedders, write_model
-from iolite.checkpoint.safetensors import replacing, streaming
+from iolite.checkpoint.safetensors import streaming
 from iolite.checkpoint.source import Progress, Source
 from iolite.errors import CheckpointError, UsageError
 from iolite.quant.formats import PackedMatrix

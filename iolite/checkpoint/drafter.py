@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from iolite.checkpoint import packed_folder
+from iolite.checkpoint.files import replacing
 from iolite.checkpoint.folder import WEIGHTS
 from iolite.checkpoint.gguf_drafter import MODEL_TYPE, DrafterSource, open_drafter, open_gguf_drafter
 from iolite.checkpoint.gguf_source import is_gguf
-from iolite.checkpoint.safetensors import replacing, streaming
+from iolite.checkpoint.safetensors import streaming
 from iolite.checkpoint.source import Progress
 from iolite.config import FULL, SLIDING, ModelConfig, TextConfig
 from iolite.errors import CheckpointError, UsageError

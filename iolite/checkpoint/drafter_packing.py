@@ -12,9 +12,9 @@ from pathlib import Path
 
 from iolite.checkpoint import packing
 from iolite.checkpoint.drafter import find_drafter, write_folder
+from iolite.checkpoint.files import WriteError
 from iolite.checkpoint.gguf_drafter import DrafterSource
 from iolite.checkpoint.gguf_source import is_gguf
-from iolite.checkpoint.safetensors import WriteError
 from iolite.checkpoint.source import Progress
 from iolite.errors import CheckpointError
 from iolite.quant.formats import packed_bytes

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iolite.checkpoint import names
-from iolite.checkpoint.safetensors import DTYPES, SafetensorsFile, replacing, save_safetensors
+from iolite.checkpoint.files import replacing
+from iolite.checkpoint.safetensors import DTYPES, SafetensorsFile, save_safetensors
 from iolite.config import DRAFTER_TYPE, GenerationConfig, ModelConfig, ProcessorConfig, read_json
 from iolite.errors import CheckpointError
 

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from iolite.checkpoint.safetensors import AGAIN, map_file, release, replacing
+from iolite.checkpoint.files import map_file, release, replacing
+from iolite.checkpoint.safetensors import AGAIN
 from iolite.errors import CheckpointError
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it: headers are read without it

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from iolite.checkpoint import names, packed_folder
+from iolite.checkpoint.files import WriteError
 from iolite.checkpoint.folder import Stored
-from iolite.checkpoint.safetensors import SafetensorsFile, WriteError
+from iolite.checkpoint.safetensors import SafetensorsFile
 from iolite.checkpoint.source import FolderSource, Progress, Source
 from iolite.config import GenerationConfig, ProcessorConfig
 from iolite.errors import CheckpointError, UsageError

@@ -14,13 +14,13 @@ import math
 import mmap
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iolite.checkpoint.files import map_file, populate, release, replacing
 from iolite.errors import CheckpointError
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it: headers are read without it
@@ -59,10 +59,6 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-class WriteError(CheckpointError):
-    """A file that could not be written: no room, or no permission."""
 
 
 class SafetensorsFile:
@@ -137,24 +133,7 @@ class SafetensorsFile:
         """
         if self._map is None:
             self._map = map_file(self.path, self._size)
-        for start in range(0, self._size, _POPULATE):
-            size = min(_POPULATE, self._size - start)
-            try:
-                self._map.madvise(_MADV_POPULATE_READ, start, size)
-            except (OSError, ValueError, AttributeError):
-                return  # an older kernel or another system: pages come when they are used
-            if progress:
-                progress(start + size, self._size)
-
-
-_MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module has no name for it
-_POPULATE = 256 << 20
-
-
-def release(mapped: mmap.mmap) -> None:
-    """Unmodified pages of a private mapping of a file are dropped from this process; they can be read again."""
-    with suppress(OSError, ValueError, AttributeError):  # a hint only, and not known everywhere
-        mapped.madvise(mmap.MADV_DONTNEED)
+        populate(self._map, progress)
 
 
 def save_safetensors(
@@ -241,29 +220,6 @@ def streaming(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> 
         writer.finish()
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A binary file to write that takes the name `path` only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):  # it has its name already, or could not be made
-            partial.unlink()
-    if os.name == "posix":  # the new name itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
@@ -341,17 +297,3 @@ def _check_cover(file: str, entries: Mapping[str, Entry], size: int) -> None:
         position = entry.end
     if position != size:
         raise CheckpointError(f"{file}: {size - position} bytes at the end belong to no tensor", AGAIN)
-
-
-def map_file(path: Path, size: int) -> mmap.mmap:
-    """The whole file, readable and privately writable, without reserving memory for writes that will not come."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size != size:
-            raise CheckpointError(f"{path.name} changed while it was being read")
-        if sys.platform == "linux":
-            # A plain private mapping counts as memory in use, and the kernel refuses one that is larger than the
-            # machine's memory. The constant has no name in Python 3.11's mmap module.
-            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
-            flags, protection = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), size, flags=flags, prot=protection)
-        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from iolite.checkpoint import names
+from iolite.checkpoint.files import replacing
 from iolite.checkpoint.gguf_drafter import MODEL_TYPE as DRAFTER_TYPE
 from iolite.checkpoint.gguf_drafter import drafter_shapes
 from iolite.checkpoint.hub import nano_folder
-from iolite.checkpoint.safetensors import replacing, streaming
+from iolite.checkpoint.safetensors import streaming
 from iolite.checkpoint.source import Progress
 from iolite.config import GenerationConfig, ModelConfig, ProcessorConfig, TextConfig, read_json
 from iolite.errors import UsageError

@@ -103,7 +103,7 @@ class Conversation:
     def write(self, path: Path, model: str) -> None:
         """Writes a file that only its owner may read, beside its place and renamed: what was there stays until all of
         it is on the disk. Raises CheckpointError where that is not possible."""
-        from iolite.checkpoint.safetensors import replacing
+        from iolite.checkpoint.files import replacing
 
         with replacing(path) as file:
             os.chmod(file.name, 0o600)

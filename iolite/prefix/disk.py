@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from iolite.cache import KVCache
-from iolite.checkpoint.safetensors import SafetensorsFile, StreamWriter, replacing
+from iolite.checkpoint.files import replacing
+from iolite.checkpoint.safetensors import SafetensorsFile, StreamWriter
 from iolite.errors import CheckpointError, UsageError
 from iolite.memory import human_bytes
 from iolite.prefix.chain import Chain, last_cut

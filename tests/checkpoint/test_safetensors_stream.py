@@ -9,7 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from iolite.checkpoint.safetensors import SafetensorsFile, StreamWriter, WriteError, streaming
+from iolite.checkpoint.files import WriteError
+from iolite.checkpoint.safetensors import SafetensorsFile, StreamWriter, streaming
 
 TENSORS = {
     "packed": torch.arange(3 * 576, dtype=torch.uint8).reshape(3, 1, 576),

@@ -21,7 +21,8 @@ from support.prefix import SLACK, Reader, prompt_of, text, with_media
 
 from iolite.cache import KVCache
 from iolite.checkpoint import safetensors
-from iolite.checkpoint.safetensors import SafetensorsFile, StreamWriter, WriteError, save_safetensors
+from iolite.checkpoint.files import WriteError
+from iolite.checkpoint.safetensors import SafetensorsFile, StreamWriter, save_safetensors
 from iolite.errors import UsageError
 from iolite.model.prefill import prefill
 from iolite.prefix import disk

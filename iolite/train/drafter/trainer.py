@@ -28,7 +28,7 @@ from iolite.checkpoint.drafter import (
     trained_source,
     write_folder,
 )
-from iolite.checkpoint.safetensors import replacing
+from iolite.checkpoint.files import replacing
 from iolite.checkpoint.synthetic import drafter_config
 from iolite.config import FULL, SLIDING, ModelConfig, TextConfig
 from iolite.errors import UsageError
