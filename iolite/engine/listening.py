@@ -45,6 +45,7 @@ class Listening:
         self.running = running
         self._frames = np.empty((self.most, span.array.shape[1]), np.float32)  # takes memory as it is written to
         self._heard, self._committed, self._context = 0, False, context
+        self.committed_at = 0.0  # by perf_counter
         self._wake, self._lock = wake, threading.Lock()
 
     @property
@@ -70,6 +71,7 @@ class Listening:
             raise UsageError("there is no recording to be answered", "let some of it be heard, and commit it once")
         length = len(self.opening.ids) + self._heard + len(self.closing)
         self.running.limit = min(self.running.params.max_tokens, self._context - length)
+        self.committed_at = time.perf_counter()
         with self._lock:
             self._committed = True
         self._wake()  # before the digest is made, for which nobody has to wait
@@ -147,7 +149,7 @@ class LiveSequence(Sequence):
         )
         lease.prompt, lease.kept.asked = self._source, len(self._ids)
         run.cached_tokens = lease.cache.length
-        self._entered = self._last = time.perf_counter()
+        self._entered = self._last = self.listening.committed_at
 
     def restart(self, prefixes: PrefixCache) -> None:
         if self.whole:

@@ -34,11 +34,14 @@ class SpeechEnd:
         self._before: deque[np.ndarray] = deque(maxlen=ONSET + round(BEFORE / self._seconds))
         self._noise = FIRST_NOISE
         self._loud = self._quiet = 0  # frames of either kind up to now, one after another
+        self._came = 0  # samples
+        self.began = 0  # samples that came before what was spoken last
         self.speaking = silence is None
 
     def push(self, samples: np.ndarray) -> list[tuple[np.ndarray, bool]]:
         """More samples, float32 [s] in [-1, 1], come in; out come pieces of speech, float32 [n, size], each with
         whether speech ends with it."""
+        self._came += len(samples)
         samples = np.concatenate((self._rest, samples))
         whole = len(samples) // self.size * self.size
         self._rest = samples[whole:]
@@ -69,6 +72,8 @@ class SpeechEnd:
                 self._before.append(frames[at])
                 if self._loud >= ONSET:
                     self.speaking, begin = True, at + 1
+                    since = len(frames) - begin + len(self._before)  # frames
+                    self.began = self._came - len(self._rest) - since * self.size
                     yield np.stack(self._before), False
                     self._before.clear()
             elif self._quiet * self._seconds >= (self.silence or 0):

@@ -108,12 +108,13 @@ class Answers:
 
         return await self._begun(1, begin)
 
-    async def answer_to(self, ask: Ask, listening: Listening) -> Answer:
-        """What was heard is all, and is answered."""
+    async def answer_to(self, ask: Ask, listening: Listening, came: float) -> Answer:
+        """What was heard is all, and is answered. came: when the last of it did, by perf_counter."""
+        seconds = time.perf_counter() - came
         running = await asyncio.to_thread(listening.commit)
         answer = Answer(self, asyncio.get_running_loop(), [running])
         self._open.add(answer)
-        self._reading.submit(answer.read, 0, self._stream(ask, running, 0.0))
+        self._reading.submit(answer.read, 0, self._stream(ask, running, seconds))
         return answer
 
     def forget(self, listening: Listening) -> None:

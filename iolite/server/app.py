@@ -17,7 +17,19 @@ from starlette.responses import Response
 from iolite import __version__
 from iolite.errors import IoliteError
 from iolite.generate.model import Model
-from iolite.server import about, anthropic, embeddings, live, manual, ollama, openai, page, responses, transcriptions
+from iolite.server import (
+    about,
+    anthropic,
+    embeddings,
+    live,
+    manual,
+    microphone,
+    ollama,
+    openai,
+    page,
+    responses,
+    transcriptions,
+)
 from iolite.server.answers import Answers, ClientGone
 from iolite.server.bodies import Bodies
 from iolite.server.chats import Chats
@@ -37,6 +49,7 @@ ROUTERS = (
     ollama.router,
     about.router,
     page.router,
+    microphone.router,
     manual.router,
 )
 

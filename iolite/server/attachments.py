@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
+import wave
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from iolite.errors import MediaError
 from iolite.generate.model import Model
@@ -105,9 +109,22 @@ def budgets(model: Model) -> list[int]:
 
 
 def _sound(model: Model, data: bytes) -> dict[str, Any]:
-    tokens = cost_of(model, {"type": "audio", "audio": data})
-    seconds = len(decode_audio(data, limits=model.builder.limits)) / model.processor.sampling_rate
-    return {"tokens": tokens, "seconds": round(seconds, 1), "longest": longest(model)}
+    return _sound_info(model, decode_audio(data, limits=model.builder.limits))
+
+
+def _sound_info(model: Model, samples: np.ndarray) -> dict[str, Any]:
+    rate = model.processor.sampling_rate
+    tokens = cost_of(model, {"type": "audio", "audio": samples, "sampling_rate": rate})
+    return {"tokens": tokens, "seconds": round(len(samples) / rate, 1), "longest": longest(model)}
+
+
+def recording(model: Model, samples: np.ndarray) -> Taken:
+    """What was spoken, float32 [s], as a file: 16-bit PCM, of which it was made."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setparams((1, 2, model.processor.sampling_rate, 0, "NONE", ""))
+        out.writeframes((samples * np.float32(32_768)).astype("<i2").tobytes())
+    return Taken("audio", "audio/wav", file.getvalue(), None, _sound_info(model, samples))
 
 
 def longest(model: Model) -> float:

@@ -1,12 +1,12 @@
-"""The messages of `/v1/live` as they come in and go out."""
+"""The messages of `/v1/live` as they come in and go out, and what the page's microphone has in common with them."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from iolite.errors import UsageError
 from iolite.generate.reply import Reply, ToolCall
@@ -16,6 +16,9 @@ from iolite.server.fields import Message
 from iolite.server.openai import timings
 from iolite.server.openai_fields import ChatRequest
 from iolite.text.stream import ContentDelta, ReasoningDelta
+
+Silence = Annotated[int, Field(ge=80, le=10_000)]  # milliseconds
+M = TypeVar("M", bound=BaseModel)
 
 
 class Start(ChatRequest):
@@ -29,7 +32,7 @@ class Start(ChatRequest):
     type: Literal["start"]
     messages: Annotated[list[Message], Field(max_length=10_000)] = Field(default_factory=list)
     text: Annotated[str, Field(max_length=100_000)] | None = None
-    silence_ms: Annotated[int, Field(ge=80, le=10_000)] | None = round(1000 * SILENCE)
+    silence_ms: Silence | None = round(1000 * SILENCE)
     faintest_db: Annotated[float, Field(ge=-90, le=0)] = FAINTEST
     conversation: bool = True
 
@@ -45,16 +48,13 @@ def parsed(text: str) -> dict[str, Any]:
     return message
 
 
-def settings_of(message: dict[str, Any]) -> Start:
+def checked(kind: type[M], message: dict[str, Any]) -> M:
     """The settings of a `start`; UsageError for a field that is wrong."""
     try:
-        start = Start.model_validate(message)
+        return kind.model_validate(message)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}") from None
-    if start.n not in (None, 1):
-        raise UsageError("n must be 1 here", "leave it out")
-    return start
 
 
 def samples_of(data: bytes) -> np.ndarray:

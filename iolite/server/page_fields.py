@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from iolite.media.speech_end import SILENCE
 from iolite.server.chats import Attached, Chat, File, Message
 from iolite.server.fields import MOST_TOKENS, Penalty, Probability, Seed, Temperature, Tokens, Tools, TopK, seed_of
+from iolite.server.live_fields import Silence
 from iolite.server.markup import to_html
 
 MOST_TEXT = 4_000_000  # characters of one message
@@ -68,20 +70,38 @@ class Result(Strict):
     text: Text
 
 
-class Turn(Strict):
-    """A message to be answered. parent: what it follows, None: nothing.
-
-    again: another answer to the parent, which is a message of the user's or results. results: of the parent's calls.
-    """
+class Sent(Strict):
+    """A message. parent: what it follows, None: nothing."""
 
     parent: Id | None = None
     text: Text = ""
     files: Annotated[list[SentFile], Field(max_length=64)] = []
-    again: bool = False
-    results: Annotated[list[Result], Field(max_length=64)] = []
 
     def attached(self) -> list[Attached]:
         return [Attached(sent.file, sent.name, sent.tokens) for sent in self.files]
+
+
+class Turn(Sent):
+    """What is to be answered.
+
+    again: another answer to the parent, which is a message of the user's or results. results: of the parent's calls.
+    """
+
+    again: bool = False
+    results: Annotated[list[Result], Field(max_length=64)] = []
+
+
+class Spoken(Sent):
+    """A message that somebody is about to say; its text and files come before the sound.
+
+    chat: None for one that begins with it, with these settings. name: of the recording. silence_ms: as in `Start`.
+    """
+
+    type: Literal["start"]
+    chat: Name | None = None
+    settings: ChatSettings = ChatSettings()
+    name: Name = "recording.wav"
+    silence_ms: Silence | None = round(1000 * SILENCE)
 
 
 def shown_chat(chat: Chat) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """An answer on its way from the model to the chat page and to the disk.
 
-The page gets server-sent events: `begin` with what was stored, `text` and `thought` with HTML that stays and HTML that
-may still change, `call`, and `end` with the whole message. What there is of the answer is stored as it grows.
+The page gets events, sent by the server or through a WebSocket: `begin` with what was stored, `text` and `thought` with
+HTML that stays and HTML that may still change, `call`, and `end` with the whole message. What there is of the answer is
+stored as it grows.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +48,9 @@ class Writing:
         self._stopped = True
         self._answer.cancel()
 
-    async def pieces(self) -> AsyncIterator[str]:
-        yield event({"type": "begin", **self._begin})
+    async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """What the page is told; None: nothing is new for a while."""
+        yield {"type": "begin", **self._begin}
         reading = asyncio.ensure_future(self._read())
         reading.add_done_callback(lambda _: self._news.set())
         try:
@@ -57,7 +59,7 @@ class Writing:
                 try:
                     await asyncio.wait_for(self._news.wait(), self._ping)
                 except TimeoutError:
-                    yield PING
+                    yield None
                     continue
                 self._news.clear()
                 over = reading.done()
@@ -65,12 +67,12 @@ class Writing:
                 grown, self._grown = self._grown, set()
                 calls, self._calls = self._calls, []
                 for change in await asyncio.to_thread(self._changes, grown, calls):
-                    yield event(change)
+                    yield change
                 if not over:
                     await asyncio.sleep(max(TICK, 3 * (time.perf_counter() - begin)))
             reading.result()
             await asyncio.to_thread(self.end)
-            yield event({"type": "end", "message": await asyncio.to_thread(shown_message, self.message, {})})
+            yield {"type": "end", "message": await asyncio.to_thread(shown_message, self.message, {})}
         finally:
             reading.cancel()
 
@@ -152,7 +154,7 @@ class WritingResponse(Streamed):
     """The events of a `Writing`, which is stored however the connection ends."""
 
     def __init__(self, writing: Writing, answer: Answer, left: Callable[[], object]) -> None:
-        super().__init__(answer, writing.pieces(), _failed)
+        super().__init__(answer, _pieces(writing), _failed)
         self._writing, self._left = writing, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -161,6 +163,11 @@ class WritingResponse(Streamed):
         finally:
             self._left()
             self._writing.end()
+
+
+async def _pieces(writing: Writing) -> AsyncIterator[str]:
+    async for change in writing.events():
+        yield PING if change is None else event(change)
 
 
 def _failed(problem: Problem) -> str:

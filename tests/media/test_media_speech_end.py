@@ -47,6 +47,20 @@ def test_words_with_pauses_are_one_utterance(background):
     assert [1.4 < len(frames) * SIZE / RATE < 2.6 for frames in found] == [True, True]
 
 
+@pytest.mark.parametrize("step", [50, 1000, 100_000])
+def test_where_it_began_in_what_came(step):
+    samples = np.concatenate((silence(1.21), DIGITS, silence(2.003), DIGITS))
+    ear, begun = SpeechEnd(), {}
+    for at in range(0, len(samples), step):
+        for frames, _ in ear.push(samples[at : at + step]):
+            begun.setdefault(ear.began, frames[0])
+    assert len(begun) == (1 if step == 100_000 else 2), "of two in one piece it tells of the last"
+    if step < 100_000:
+        assert all((samples[at : at + SIZE] == frame).all() for at, frame in begun.items())
+    last = list(begun)[-1]
+    assert 0 < len(samples) - len(DIGITS) - last < 0.3 * RATE
+
+
 def test_it_ends_after_the_silence_that_was_asked_for():
     lengths = []
     for asked in (0.2, 0.6, 1.5):

@@ -4,62 +4,30 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import io
-import json
 import socket
 import threading
-import wave
 from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
-from support.serving import DEMO, KEY, asking, serving, wait_for
+from support.serving import KEY, asking, serving, wait_for
+from support.speaking import DIGITS, SILENCE, connected, heard, idle, refused, send, speak, until, wav
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from iolite.server import live
+from iolite.server import hearing, live
 
 CHAT = "/v1/chat/completions"
 LONG = "word " * 400
 GREEDY = {"type": "start", "temperature": 0, "max_tokens": 24}
-with wave.open(str(DEMO / "digits.wav")) as _file:
-    DIGITS = _file.readframes(10**7)  # 1.6 s: "three zero nine"
-SILENCE = bytes(32_000)  # 1 s
 
 
 @contextlib.contextmanager
-def talking(listener, start=GREEDY, headers=None, **more):
+def talking(listener, start=GREEDY, headers=None):
     """A connection that is ready to hear, or without settings."""
-    headers = {"Authorization": f"Bearer {KEY}"} if headers is None else headers
-    url = listener.url.replace("http", "ws", 1) + live.PATH
-    with connect(url, additional_headers=headers, proxy=None, open_timeout=30, **more) as talk:
-        if start:
-            send(talk, start)
-            assert heard(talk)["type"] == "ready"
+    with connected(listener, live.PATH, start, headers) as talk:
         yield talk
-
-
-def send(talk, message):
-    talk.send(json.dumps({"type": message} if isinstance(message, str) else message))
-
-
-def heard(talk):
-    return json.loads(talk.recv(timeout=60))
-
-
-def until(talk, last):
-    """Messages up to the first of that type."""
-    found = [heard(talk)]
-    while found[-1]["type"] != last:
-        assert found[-1]["type"] != "error", found[-1]
-        found.append(heard(talk))
-    return found
-
-
-def speak(talk, data, size=1280):
-    for at in range(0, len(data), size):
-        talk.send(data[at : at + size])
 
 
 def text_of(messages):
@@ -68,35 +36,12 @@ def text_of(messages):
 
 def whole(http, data, *before, text=None):
     """What is answered to the recording when it is sent whole, as a file."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setparams((1, 2, 16_000, 0, "NONE", ""))
-        out.writeframes(data)
-    sound = {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}
+    sound = {"data": base64.b64encode(wav(data)).decode(), "format": "wav"}
     content = [*([{"type": "text", "text": text}] if text else []), {"type": "input_audio", "input_audio": sound}]
     body = {"messages": [*before, {"role": "user", "content": content}], "temperature": 0, "max_tokens": 24}
     found = http.post(CHAT, json=body)
     assert found.status_code == 200
     return found.json()["choices"][0]["message"]
-
-
-def idle(listener):
-    answers = listener.app.state.service.answers
-    stats = answers._engine.stats()
-    taken = answers._places or answers._open or answers.sessions or list(answers._engine.prefixes._out)
-    return not (stats.running or stats.waiting or stats.listening or taken)
-
-
-def refused(talk, code):
-    """The error that ends a connection."""
-    message = heard(talk)
-    while message["type"] in ("speech_started", "speech_ended", "delta", "done"):
-        message = heard(talk)
-    assert message["type"] == "error"
-    with pytest.raises(ConnectionClosed) as closed:
-        talk.recv(timeout=30)
-    assert closed.value.rcvd.code == code
-    return message
 
 
 @pytest.mark.parametrize("size", [1280, 1278, 2, 20_000])
@@ -155,18 +100,10 @@ def test_a_conversation_is_that_of_the_messages(server, http):
     first = whole(http, DIGITS, *start["messages"])
     assert answers[0] == first["content"]
     if first["content"]:
-        sound = {"data": base64.b64encode(_wav(padded)).decode(), "format": "wav"}
+        sound = {"data": base64.b64encode(wav(padded)).decode(), "format": "wav"}
         spoken = {"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}
         before = [*start["messages"], spoken, {"role": "assistant", "content": first["content"]}]
         assert answers[1] == whole(http, DIGITS[:9000], *before)["content"]
-
-
-def _wav(data):
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setparams((1, 2, 16_000, 0, "NONE", ""))
-        out.writeframes(data)
-    return file.getvalue()
 
 
 def test_at_the_limit_it_answers_and_hears_on(server):
@@ -182,7 +119,7 @@ def test_at_the_limit_it_answers_and_hears_on(server):
 
 
 def test_a_recording_that_comes_too_slowly_is_answered(server, monkeypatch):
-    monkeypatch.setattr(live, "SLOWEST", 0.02)  # 0.2 s
+    monkeypatch.setattr(hearing, "SLOWEST", 0.02)  # 0.2 s
     with talking(server, GREEDY | {"silence_ms": None}) as talk:
         for data, frames in ((DIGITS[:6400], 5), (DIGITS[:6402], 6)):
             talk.send(data)
@@ -276,7 +213,7 @@ def test_more_messages_than_can_wait(script, scripted):
         send(talk, "commit")
         until(talk, "speech_ended")
         with contextlib.suppress(ConnectionClosed):
-            for _ in range(live.MOST_MESSAGES + 10):
+            for _ in range(hearing.MOST_MESSAGES + 10):
                 talk.send(b"")
         assert "more messages" in refused(talk, 1007)["error"]["message"]
     script.gate.set()
@@ -349,7 +286,7 @@ def test_as_many_as_there_are_slots_may_speak(nano):
 
 
 def test_many_connections(server, monkeypatch):
-    monkeypatch.setattr(live, "MOST_SESSIONS", 2)
+    monkeypatch.setattr(hearing, "MOST_SESSIONS", 2)
     with talking(server), talking(server), talking(server, None) as third:
         assert "listen already" in refused(third, 1013)["error"]["message"]
     wait_for(lambda: idle(server))
