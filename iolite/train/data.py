@@ -480,6 +480,7 @@ def _feed(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(2)
     torch.set_num_threads(1)
+    out.cancel_join_thread()  # whose wait for a reader would not end when the parent was killed
     draw, rng, parent = make_draw(), np.random.default_rng(seed), os.getppid()
     dice = random.Random(int(rng.integers(1 << 62)))
     kept: list[Example] = []

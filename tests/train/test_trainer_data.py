@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import time
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +323,35 @@ def test_a_feeder_that_cannot_work_is_noticed() -> None:
             feeder.next_batch(0.0)
     finally:
         feeder.close()
+
+
+@dataclass
+class LinkedDraw:
+    """Keeps its end of a pipe open for as long as the process that draws is there."""
+
+    link: Connection
+
+    def __call__(self) -> Any:
+        return CountingDraw()()
+
+
+def _is_fed_for_ever(link: Connection) -> None:
+    feeder = Feeder(Layout(((4096, 8),)), LinkedDraw(link), (0,), ahead=4)  # a batch is more than a pipe holds
+    feeder.start(0)
+    while feeder.next_batch(0.0):
+        link.send("a batch")
+        time.sleep(0.5)
+
+
+def test_a_feeder_whose_parent_is_killed_ends() -> None:
+    here, there = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("spawn").Process(target=_is_fed_for_ever, args=(there,))
+    parent.start()
+    there.close()
+    here.recv()
+    parent.kill()
+    parent.join()
+    with pytest.raises(EOFError):
+        while True:
+            assert here.poll(60)
+            here.recv()
