@@ -24,6 +24,7 @@ Schema = Mapping[str, Any]
 
 DEPTH = 8  # of objects and arrays of which the schema says nothing
 MOST_REFERENCES = 60  # one in another, before a schema is taken to go round in circles
+MOST_STEPS = 500_000  # keywords that are looked at for all tools together: 512 tools of 40 arguments take a fifth
 _QUOTE = '<|"|>'
 _NAME = re.compile(r"[\w.-]([\w.:-]*[\w.-])?")  # what the reader of calls takes for one
 _BARE_KEY = re.compile(r"[^\s:=,{}()\[\]\"'`<>](?:[^:=,{}()\[\]\"'`<>\r\n]*[^\s:=,{}()\[\]\"'`<>])?")
@@ -129,6 +130,13 @@ class _Rules:
         self.accepts = accepts
         self.lines: list[str] = []
         self._names: dict[str, str] = {}
+        self._steps = 0
+
+    def step(self, keywords: int) -> None:
+        """Counts work: references to what refers to others twice, and those again, would take until tomorrow."""
+        self._steps += 1 + keywords
+        if self._steps > MOST_STEPS:
+            raise _WrongError("what it refers to, followed to its end, is too much")
 
     def rule(self, body: str) -> str:
         """The name of a rule with that body."""
@@ -205,6 +213,7 @@ class _Tool:
             raise (
                 _ImpossibleError("no value fulfils it") if schema is False else _WrongError(f"{schema!r} is no schema")
             )
+        self.rules.step(len(schema))
         reference = schema.get("$ref")
         if isinstance(reference, str) and not set(schema) & {*_ASKS, "allOf", "anyOf", "oneOf"}:
             return self._reference(reference)
@@ -260,6 +269,7 @@ class _Tool:
             raise (
                 _ImpossibleError("no value fulfils it") if schema is False else _WrongError(f"{schema!r} is no schema")
             )
+        self.rules.step(len(schema))
         found = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
         parts = list(schema.get("allOf") or ())
         if isinstance(schema.get("$ref"), str):
@@ -282,6 +292,7 @@ class _Tool:
                 found[key] = value
             elif key == "properties":
                 own = found[key]
+                self.rules.step(len(own) + len(value))
                 found[key] = {**own, **{k: {"allOf": [own[k], v]} if k in own else v for k, v in value.items()}}
             elif key == "required":
                 found[key] = list(dict.fromkeys([*found[key], *value]))

@@ -34,6 +34,7 @@ MAX_OUTPUT = 16 << 20  # characters written by one rendering, in macros too; 262
 MAX_ENTRIES = (
     4_000_000  # of all lists that one rendering makes: 1,500 messages, the list of them copied for each, twice
 )
+MUCH = 32 << 10  # characters of messages and tools, from which on an honest template may run into the above
 ITEM_SIZE = 32  # characters that an item of a list is taken to need beside its own text
 MAX_NUMBER = 1_000_000  # of a repetition, a power or a width
 
@@ -115,6 +116,10 @@ class ChatTemplate:
         try:
             return _collect(self._template.generate(variables))
         except (SecurityError, OverflowError, MemoryError, _BudgetError) as error:
+            if isinstance(error, _BudgetError) and _is_much(messages, tools):
+                raise MessageError(
+                    "the messages are more than a chat template can write down", "send fewer or shorter ones"
+                ) from None
             raise CheckpointError(
                 "the checkpoint's chat template does what no chat template needs to do and was stopped",
                 "get the checkpoint from its publisher again, or replace its chat_template.jinja",
@@ -126,6 +131,16 @@ class ChatTemplate:
             raise MessageError(f"the chat template refuses these messages: {message}", _HINT) from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
             raise MessageError(f"the chat template cannot render these messages: {error}", _HINT) from error
+
+
+def _is_much(*values: Any) -> bool:
+    """Whether what is to be rendered explains by itself that a rendering has used up its budget."""
+    size, waiting = 0, list(values)
+    while waiting and size <= MUCH:
+        item = waiting.pop()
+        size += len(item) if isinstance(item, str) else ITEM_SIZE
+        waiting += item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
+    return size > MUCH
 
 
 _HINT = "a content is a string or a list of parts, arguments are an object, and a tool's result is a string"

@@ -95,7 +95,9 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise MessageError(f"the text is not valid Unicode at character {error.start}") from None
-        return self._backend.encode(text, add_special_tokens=False).ids
+        # `encode` of one text would hold up all other threads until it is done: for seconds, where it is long.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens spelled out. Bytes that are no UTF-8 become U+FFFD."""

@@ -26,6 +26,12 @@ def strict(parameters):
     return tool(parameters, strict=True)
 
 
+def doubling(key, **more):
+    """A schema that refers twice to one that refers twice to another, and so on: some 30 million times in all."""
+    steps = {f"s{n}": {key: [{"$ref": f"#/$defs/s{n + 1}"}] * 2, **more} for n in range(25)}
+    return {"$defs": {**steps, "s25": {"type": "object"}}, key: [{"$ref": "#/$defs/s0"}] * 2}
+
+
 NODE = {
     "type": "object",
     "properties": {"root": {"$ref": "#/$defs/node"}},
@@ -304,6 +310,12 @@ def test_a_schema_beside_tools_leaves_the_choice():
 def test_what_cannot_be_honoured_is_refused_at_once(asked, named):
     with pytest.raises(UsageError, match=re.escape(named)):
         constraint(**asked)
+
+
+@pytest.mark.parametrize("parameters", [doubling("allOf"), doubling("anyOf", minLength=1)], ids=["allOf", "anyOf"])
+def test_references_that_multiply_are_not_followed_to_their_end(parameters):
+    with pytest.raises(UsageError, match="too much"):
+        constraint(tools=[tool({"type": "object", **parameters})])
 
 
 def test_what_no_grammar_can_say_is_left_out_for_a_tool_that_is_not_strict():

@@ -308,3 +308,9 @@ def test_long_conversation_stays_in_budget(template):
         {"role": "tool", "tool_call_id": "7", "content": "x" * 2000},
     ]
     assert len(template.render(turns * 400)) > 800_000
+
+
+@pytest.mark.parametrize("messages", [[user("a"), assistant("b")] * 5000, [user("a" * 20_000_000)]])
+def test_too_much_for_any_template_is_no_fault_of_the_checkpoint(template, messages):
+    with pytest.raises(MessageError, match="more than a chat template can write"):
+        template.render(messages)

@@ -1,5 +1,8 @@
 """Strings <-> ids: special tokens, bytes, and files that are no tokenizer of the family."""
 
+import threading
+import time
+
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
@@ -75,3 +78,22 @@ def test_files_that_cannot_be_used(tmp_path):
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="ByteLevel"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_a_long_text_does_not_hold_up_other_threads(tokenizer):
+    ticks, over = [], threading.Event()
+
+    def tick():
+        while not over.is_set():
+            ticks.append(time.sleep(0.001))
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = len(ticks)
+        tokenizer.encode("Which shape is it? " * 50_000)
+        during = len(ticks) - before
+    finally:
+        over.set()
+        thread.join()
+    assert during > 3
