@@ -38,7 +38,7 @@ def wanted(device: torch.device) -> bool:
 class StaticBatch:
     """n new tokens of one sequence, whose length is a tensor on the device; its cache's buffers have room for them."""
 
-    sequence = None
+    plain = None
 
     def __init__(self, config: TextConfig, cache: KVCache, length: Tensor, n: int) -> None:
         """length: how many tokens the cache holds, an integer tensor without dimensions; cache.length is not read."""

@@ -11,6 +11,7 @@ cores on which those of the kernels spin, and then take longer than the work.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -149,8 +150,8 @@ def add_bias(ids: Sequence[int], logits: Tensor, *, bias: Mapping[int, float]) -
     outside = [token for token in bias if token >= logits.shape[-1]]
     if outside:
         raise UsageError(f"logit_bias names token {outside[0]}, but the vocabulary has {logits.shape[-1]}")
-    where = torch.tensor(list(bias), device=logits.device)
-    return logits.index_add(0, where, torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device))
+    added = _kept(tuple(bias.values()), logits.dtype, logits.device)
+    return logits.index_add(0, _kept(tuple(bias), torch.int64, logits.device), added)
 
 
 def penalise_repeats(ids: Sequence[int], logits: Tensor, *, penalty: float) -> Tensor:
@@ -162,7 +163,13 @@ def penalise_repeats(ids: Sequence[int], logits: Tensor, *, penalty: float) -> T
 
 def suppress(ids: Sequence[int], logits: Tensor, *, tokens: Sequence[int]) -> Tensor:
     """Forbids the tokens."""
-    return logits.index_fill(0, torch.tensor(tokens, device=logits.device), -math.inf)
+    return logits.index_fill(0, _kept(tuple(tokens), torch.int64, logits.device), -math.inf)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As a tensor, which is the same for every token of an answer."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What kernels are handed besides tensors: a packed matrix, and the keys and values of a cache."""
+"""What kernels are handed besides tensors: a packed matrix, the keys and values of a cache, new tokens for one."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ class Matrix(Protocol):
     def rows_to_float(self, ids: Tensor) -> Tensor:
         """float32 [n, cols] for ids [n]."""
         ...
+
+
+class Segment(Protocol):
+    """The new tokens of one sequence: n of them, continuing its cache (`iolite/cache.py`)."""
+
+    @property
+    def cache(self) -> object: ...
+    @property
+    def n(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,22 @@ environment, or `only_reference()` around a call, leaves everything to the refer
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from iolite.kernels import cpu, reference
-from iolite.kernels.contracts import Keys, Matrix
-from iolite.kernels.reference import attention, rope_angles
+from iolite.kernels.contracts import Keys, Matrix, Segment
+from iolite.kernels.reference import attention
 
 __all__ = [
     "add_rms_norm", "attend", "attention", "block", "embed", "gated", "geglu", "linear", "norm_rope", "only_reference",
-    "project", "rms_norm", "rope_angles", "softcap", "stack",
+    "project", "rms_norm", "rope_angles", "scores", "softcap", "stack",
 ]  # fmt: skip
 
 Angles = tuple[Tensor, Tensor]
@@ -83,6 +85,20 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -
     return reference.norm_rope(x, weight, eps, cos, sin)
 
 
+def rope_angles(positions: Tensor, head_dim: int, theta: float, num_angles: int) -> Angles:
+    if not positions.is_cpu or _is_compiling():
+        return reference.rope_angles(positions, head_dim, theta, num_angles)
+    angles = positions[..., None].float() * _frequencies(head_dim, theta, num_angles)
+    return angles.cos(), angles.sin()
+
+
+@functools.cache
+def _frequencies(head_dim: int, theta: float, num_angles: int) -> Tensor:
+    """For the CPU. Of a small model's pass over one token a tenth would go into computing them anew."""
+    with torch.inference_mode(False):
+        return reference.rope_frequencies(head_dim, theta, num_angles, torch.device("cpu"))
+
+
 def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> Tensor:
     if _on_cpu(q) and keys.k.dtype in cpu.KINDS:
         return cpu.attention(
@@ -98,17 +114,20 @@ def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> 
 
 
 def block(layer: nn.Module, x: Tensor) -> cpu.Block | None:
-    """The two halves of a decoder layer around attention as one call each, for few tokens x [N, M] and packed weights;
+    """The two halves of a decoder layer around attention as one call each, for few tokens x [N, M];
     None where the layer has to be gone through operation by operation."""
     return cpu.block(layer) if x.dim() == 2 and 0 < x.shape[0] <= cpu.MOST_TOKENS and _packed(x) is cpu else None
 
 
-def stack(layers: Iterable[nn.Module], x: Tensor, sliding: Angles, full: Angles, cache: object | None) -> Tensor | None:
-    """Few new tokens x [N, M] of one sequence through all decoder layers in one call, writing to its cache; sliding and
-    full are (cos, sin) [N, D/2] of the two kinds of layer. None where the layers have to be gone through one by one."""
-    if cache is None or x.dim() != 2 or not 0 < x.shape[0] <= cpu.MOST_TOKENS or _packed(x) is not cpu:
+def stack(
+    layers: Iterable[nn.Module], x: Tensor, sliding: Angles, full: Angles, segments: Sequence[Segment] | None
+) -> Tensor | None:
+    """Few new tokens x [N, M] of some sequences through all decoder layers in one call, writing to their caches;
+    sliding and full are (cos, sin) [N, D/2] of the two kinds of layer. None where the layers have to be gone through
+    one by one."""
+    if segments is None or x.dim() != 2 or not 0 < x.shape[0] <= cpu.MOST_TOKENS or _packed(x) is not cpu:
         return None
-    return cpu.stack(layers, x, sliding, full, cache)
+    return cpu.stack(layers, x, sliding, full, segments)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -124,6 +143,14 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     backend = _packed(x)
     return reference.linear(x, matrix) if backend is None else backend.linear(x, [matrix])[0]
+
+
+def scores(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., C] times every row of a float table [R, C]: [..., R]."""
+    few = x.dim() == 2 and x.shape[0] <= cpu.MOST_TOKENS
+    if few and _on_cpu(x) and weight.dtype is torch.float32 and weight.is_contiguous():
+        return cpu.float_linear(x, weight)
+    return F.linear(x, weight)
 
 
 def embed(matrix: Matrix, ids: Tensor) -> Tensor:

@@ -40,11 +40,16 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float, num_angles: int)
     Pair j turns by positions * theta^(-2j/D); pairs from num_angles on do not turn ("proportional" rope). The
     divisor is the whole head size D also when only a part of it turns.
     """
-    j = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * rope_frequencies(head_dim, theta, num_angles, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rope_frequencies(head_dim: int, theta: float, num_angles: int, device: torch.device) -> Tensor:
+    """By how much each pair turns from one position to the next: float32 [D/2]."""
+    j = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     frequencies = 1.0 / (theta ** (j / head_dim))
     frequencies[num_angles:] = 0
-    angles = positions[..., None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return frequencies
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

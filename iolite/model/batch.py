@@ -49,8 +49,8 @@ class Batch(Protocol):
 
     media: Media
     positions: Tensor
-    sequence: KVCache | None
-    """The cache of the only sequence, where one call may go through all layers and write to it; else None."""
+    plain: Sequence[Segment] | None
+    """All tokens by sequence, where one call may go through all layers and write to the caches; else None."""
 
     def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
         """The attention function of one layer. key_weight [D] is the weight of its k_norm, which a cache that keeps the
@@ -65,7 +65,7 @@ class Batch(Protocol):
 class PaddedBatch:
     """B whole sequences, padded at the end to T; padding is computed and ignored (no real token looks at it)."""
 
-    sequence = None
+    plain = None
 
     def __init__(self, config: TextConfig, ids: Tensor, lengths: Tensor, blocks: Tensor | None, media: Media) -> None:
         """ids [B, T], lengths [B], blocks [B, T] (0: no two-way block), media indexed into ids.flatten()."""
@@ -115,10 +115,9 @@ class RaggedBatch:
 
     def __init__(self, config: TextConfig, segments: Sequence[Segment], media: Media, device: torch.device) -> None:
         self.config, self.segments, self.media = config, segments, media
-        starts = [torch.arange(s.cache.length, s.cache.length + s.n, device=device) for s in segments]
-        self.positions = torch.cat(starts)
-        plain = len(segments) == 1 and segments[0].blocks is None
-        self.sequence = segments[0].cache if plain else None
+        positions = [p for s in segments for p in range(s.cache.length, s.cache.length + s.n)]
+        self.positions = torch.tensor(positions, device=device)
+        self.plain = segments if all(segment.blocks is None for segment in segments) else None
 
     @classmethod
     def from_parts(

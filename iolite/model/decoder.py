@@ -30,7 +30,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [N, M], already scaled, with soft tokens in place -> hidden states [N, M] after the final norm."""
         angles = {kind: self._angles(kind, batch.positions) for kind in (SLIDING, FULL)}
-        hidden = ops.stack(self.layers, x, angles[SLIDING], angles[FULL], batch.sequence)
+        hidden = ops.stack(self.layers, x, angles[SLIDING], angles[FULL], batch.plain)
         if hidden is None:
             hidden = self._one_by_one(x, angles, batch)
         batch.finish()

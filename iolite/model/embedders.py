@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from iolite.config import AudioConfig, VisionConfig
 from iolite.kernels import ops
@@ -18,7 +17,7 @@ class TokenEmbedding(nn.Embedding):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """hidden [N, M] times every row: [N, vocabulary]."""
-        return F.linear(hidden, self.weight)
+        return ops.scores(hidden, self.weight)
 
 
 class VisionEmbedder(nn.Module):

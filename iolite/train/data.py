@@ -330,7 +330,7 @@ def collate(layout: Layout, rows: Sequence[Example | None]) -> Arrays:
 class BucketBatch:
     """One step's batch, in the form `iolite.model` asks for (its `Batch`): a flat stream, attention by bucket."""
 
-    sequence = None
+    plain = None
 
     def __init__(self, config: TextConfig, layout: Layout, arrays: Arrays, device: torch.device | str = "cpu") -> None:
         t = {key: torch.from_numpy(value).to(device) for key, value in arrays.items()}

@@ -23,12 +23,16 @@ FORMATS = [None, torch.float32, torch.bfloat16, torch.int8]
 WINDOW = 12
 
 
-@pytest.fixture(scope="module", params=["shared", "apart"])
+@pytest.fixture(scope="module", params=["shared", "apart", "floats"])
 def network(request: pytest.FixtureRequest) -> Unified:
     """Of the tiny synthetic shape, with norms that are not ones and a short window."""
+    return network_of(request.param != "apart", None if request.param == "floats" else "int4")
+
+
+def network_of(shared: bool, scheme: str | None) -> Unified:
     config = config_of("tiny")
-    text = replace(config.text, sliding_window=WINDOW, attention_k_eq_v=request.param == "shared")
-    source = SyntheticSource(replace(config, text=text), "int4")
+    text = replace(config.text, sliding_window=WINDOW, attention_k_eq_v=shared)
+    source = SyntheticSource(replace(config, text=text), scheme)
     weights = {name: source.weight(name) for name in source.names()}
     model = assemble(source.config, weights, dtype=torch.float32).eval().requires_grad_(False)
     with torch.no_grad():
@@ -79,7 +83,34 @@ def test_the_same_bits_as_layer_by_layer(network, dtype, shared, isa, monkeypatc
     assert_same_cache(one, other)
 
 
-def test_it_is_used_for_few_tokens_of_one_sequence(network, monkeypatch):
+@pytest.mark.parametrize("isa", ISAS)
+def test_sequences_together_are_the_same_bits_as_each_by_itself(network, isa, monkeypatch):
+    """With caches of several kinds and ages, and one that has just begun."""
+    config, device = network.config.text, torch.device("cpu")
+    begun, sizes = [30, 3, 0, 11, 50], [1, 4, 2, 1, 9]
+
+    def read() -> list[KVCache]:
+        made = [KVCache(config, 200, dtype, slack=30) for dtype in (*FORMATS, torch.int8)]
+        for cache, n in zip(made, begun, strict=True):
+            if n:
+                run(network, cache, [n])
+        return made
+
+    with code_path(isa):
+        alone, together = read(), read()
+        expected = torch.cat([run(network, cache, [n]) for cache, n in zip(alone, sizes, strict=True)])
+        ids = [torch.arange(c.length, c.length + n) * 7 % 90 + 5 for c, n in zip(together, sizes, strict=True)]
+        segments = [Segment(cache, n) for cache, n in zip(together, sizes, strict=True)]
+        calls: list[bool] = []
+        real = cpu.stack
+        monkeypatch.setattr(cpu, "stack", lambda *given: (calls.append(True), real(*given))[1])
+        found = network(torch.cat(ids), RaggedBatch(config, segments, Media(), device))
+    assert calls and torch.equal(found, expected)
+    for one, other in zip(together, alone, strict=True):
+        assert_same_cache(one, other)
+
+
+def test_it_is_used_for_few_tokens_without_two_way_blocks(network, monkeypatch):
     calls: list[bool] = []
     real = cpu.stack
     monkeypatch.setattr(cpu, "stack", lambda *arguments: (calls.append(True), real(*arguments))[1])
@@ -90,8 +121,7 @@ def test_it_is_used_for_few_tokens_of_one_sequence(network, monkeypatch):
     run(network, cache, [cpu.MOST_TOKENS + 1])
     two_way = Segment(cache, 3, torch.tensor([0, 1, 1]))
     network(torch.tensor([5, 6, 7]), RaggedBatch(config, [two_way], Media(), device))
-    pair = [Segment(cache, 1), Segment(KVCache(config, 100), 1)]
-    network(torch.tensor([5, 6]), RaggedBatch(config, pair, Media(), device))
+    network(torch.tensor([5, 6, 7, 8]), RaggedBatch(config, [two_way, Segment(cache, 1)], Media(), device))
     with ops.only_reference():
         run(network, cache, [1])
     assert len(calls) == 1
@@ -137,10 +167,15 @@ def test_a_cache_that_is_gone_is_forgotten(network):
     assert len(_caches) == held
 
 
-def test_layers_that_are_not_packed_are_gone_through_one_by_one(monkeypatch):
-    source = SyntheticSource(config_of("tiny"), None)
-    weights = {name: source.weight(name) for name in source.names()}
-    model = assemble(source.config, weights, dtype=torch.float32).eval().requires_grad_(False)
-    cache = KVCache(model.config.text, 100)
-    assert run(model, cache, [2, 1]).isfinite().all()
-    assert cache.length == 3
+def test_layers_of_another_kind_are_gone_through_one_by_one(network):
+    """A layer with a hook: it is called."""
+    cache, straight = KVCache(network.config.text, 100), KVCache(network.config.text, 100)
+    seen: list[int] = []
+    expected = run(network, straight, [2, 1])
+    for module in (network.language_model.layers[3], network.language_model.layers[1].mlp):
+        hook = module.register_forward_pre_hook(lambda module, x: seen.append(len(x[0])))
+        cache.rewind(0)
+        found = run(network, cache, [2, 1])
+        hook.remove()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert seen == [2, 1, 2, 1]

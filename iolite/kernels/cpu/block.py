@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from iolite.kernels.cpu.library import BlockArg, loaded
-from iolite.kernels.cpu.products import matrix_argument
+from iolite.kernels.cpu.library import BlockArg, MatrixArg, loaded
+from iolite.kernels.cpu.products import FLOAT, matrix_argument
 
 MOST_TOKENS = 24
 """Beyond that the kernels take longer than what is between them, and what lies between them gets large."""
@@ -37,8 +37,8 @@ _blocks: WeakKeyDictionary[nn.Module, Block] = WeakKeyDictionary()
 
 
 def block(layer: nn.Module) -> Block | None:
-    """The block of a decoder layer (`iolite/model/layers.py`); None where its weights are not all packed, or its norms
-    not float32. A hook on a module within the layer is not called."""
+    """The block of a decoder layer (`iolite/model/layers.py`); None where its weights are neither packed nor float32,
+    its norms are not float32, or a module in it has a hook."""
     found = _blocks.get(layer)
     if found is not None and found.is_current():
         return found
@@ -51,9 +51,11 @@ def block(layer: nn.Module) -> Block | None:
 class Block:
     """Where the weights of a decoder layer lie, as the kernels are told."""
 
-    def __init__(self, argument: BlockArg, links: list[Link]) -> None:
-        """links: what the argument was made of; it keeps those tensors alive."""
-        self._links, self.argument, self._at = links, argument, byref(argument)
+    def __init__(self, argument: BlockArg, links: list[Link], hooks: list[Any], key_weight: Tensor) -> None:
+        """links: what the argument was made of; it keeps those tensors alive. hooks: where hooks would be. key_weight
+        [D]: of the norm of the keys."""
+        self._links, self._hooks, self.key_weight = links, hooks, key_weight
+        self.argument, self._at = argument, byref(argument)
         q, k = argument.qkv[0].rows, argument.qkv[1].rows
         self._size, self._head_dim = argument.size, argument.head_dim
         self._heads, self._kv_heads = q // argument.head_dim, k // argument.head_dim
@@ -61,30 +63,31 @@ class Block:
     @classmethod
     def of(cls, layer: Any) -> Block | None:
         names = [name for name in ("q_proj", "k_proj", "v_proj") if getattr(layer.self_attn, name) is not None]
-        qkv = [layer.get_submodule(f"self_attn.{name}") for name in names]
-        others = {name: layer.get_submodule(path) for name, path in _MATRICES.items()}
-        if not all(hasattr(module, "matrix") for module in (*qkv, *others.values())):
-            return None
-        paths = [f"self_attn.{name}.weight" for name in names] + [f"{path}.weight" for path in _MATRICES.values()]
-        links = [link for path in (*paths, *_VECTORS.values()) for link in _links(layer, path)]
+        paths = [*(f"self_attn.{name}" for name in names), *_MATRICES.values()]
+        matrices = [matrix for path in paths if (matrix := _matrix(layer.get_submodule(path)))]
         vectors = {name: _at(layer, path) for name, path in _VECTORS.items()}
-        if any(v.dtype is not torch.float32 or not v.is_cpu or not v.is_contiguous() for v in vectors.values()):
+        hooks = [hooks for module in layer.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        if any(hooks) or len(matrices) < len(paths) or not all(_is_float(vector) for vector in vectors.values()):
             return None
+        qkv, (o, gate, up, down) = matrices[: len(names)], matrices[len(names) :]
         norm, head_dim = layer.input_layernorm, layer.self_attn.head_dim
         size = norm.weight.shape[0]
+        assert all(m.cols == size for m in (*qkv, gate, up)) and o.cols == qkv[0].rows and down.cols == gate.rows
+        if any(_is_packed(a) != _is_packed(b) for a, b in ((qkv[0], qkv[1]), (qkv[0], qkv[-1]), (gate, up))):
+            return None  # the library takes those of one input together
         argument = BlockArg(projections=len(qkv), size=size, head_dim=head_dim, eps=norm.eps)
-        for i, module in enumerate(qkv):
-            argument.qkv[i] = matrix_argument(module.matrix, size)
-        columns = {"o": qkv[0].matrix.rows, "gate": size, "up": size, "down": others["gate"].matrix.rows}
-        for name, module in others.items():
-            setattr(argument, name, matrix_argument(module.matrix, columns[name]))
+        argument.o, argument.gate, argument.up, argument.down = o, gate, up, down
+        for i, matrix in enumerate(qkv):
+            argument.qkv[i] = matrix
         for name, vector in vectors.items():
             setattr(argument, name, vector.data_ptr())
-        return cls(argument, links)
+        tensors = (*(f"{path}.weight" for path in paths), *_VECTORS.values())
+        links = {(id(link[0]), link[1]): link for path in tensors for link in _links(layer, path)}  # each once
+        return cls(argument, list(links.values()), hooks, vectors["k_norm"])
 
     def is_current(self) -> bool:
-        """Whether the layer still has the tensors that this was made of."""
-        return all(holder.get(name) is value for holder, name, value in self._links)
+        """Whether the layer still has the tensors that this was made of, and no hooks."""
+        return all(holder.get(name) is value for holder, name, value in self._links) and not any(self._hooks)
 
     def begin(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [n, M] -> queries [n, H, D], keys and values [n, K, D]: normalised, and turned by cos and sin [n, D/2]."""
@@ -118,6 +121,24 @@ def _links(module: nn.Module, path: str) -> Iterator[Link]:
         module = module.get_submodule(name)
     holder = module._parameters if last in module._parameters else module._buffers
     yield holder, last, holder[last]
+
+
+def _matrix(module: Any) -> MatrixArg | None:
+    """What C is told about the weights of a linear layer; None where it reads no such ones, or the layer does more."""
+    if hasattr(module, "matrix"):
+        return matrix_argument(module.matrix, module.matrix.cols)
+    if type(module) is not nn.Linear or module.bias is not None or not _is_float(module.weight):
+        return None
+    return MatrixArg(module.weight.data_ptr(), *module.weight.shape, FLOAT)
+
+
+def _is_packed(matrix: MatrixArg) -> bool:
+    return bool(matrix.format != FLOAT)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    """Whether it lies as C reads floats."""
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _at(module: nn.Module, path: str) -> Tensor:

@@ -42,24 +42,25 @@ IOL_API iol_pool* iol_pool_create(int threads);
 IOL_API void iol_pool_destroy(iol_pool* pool);
 IOL_API int iol_pool_threads(const iol_pool* pool);
 
-/* ---- products with packed weights ---- */
+/* ---- products with weights ---- */
 
-/* A packed matrix [rows, cols]. format: 4 int4, 5 int4m, 8 int8. */
+/* A matrix [rows, cols]. format: 4 int4, 5 int4m, 8 int8, packed; or 32, floats, row after row without gaps. */
 typedef struct {
     const void* data;
     int64_t rows, cols;
     int32_t format;
 } iol_matrix;
 
-/* out[i] [n, rows of w[i]] = x · w[i]ᵀ for `count` matrices of the same cols. x [n, cols], x_stride and out_stride[i]
- * floats from one token to the next.
+/* out[i] [n, rows of w[i]] = x · w[i]ᵀ for `count` matrices of the same cols, all packed or all of floats. x [n, cols],
+ * x_stride and out_stride[i] floats from one token to the next.
  *
- * x is rounded to int8 first: q = x * (127 / m) to the nearest integer (ties to even), scale m / 127, m being the
+ * For packed ones x is rounded to int8 first: q = x * (127 / m) to the nearest integer (ties to even), scale m / 127, m being the
  * largest magnitude of 32 neighbouring columns (q = 0 where m < 2^-120). Sums over 32 columns are exact. */
 IOL_API void iol_linear(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, int64_t count, const iol_matrix* w,
                         float* const* out, const int64_t* out_stride);
 
-/* out [n, rows] = gelu(x · gateᵀ) * (x · upᵀ), with the tanh form of gelu. gate and up have the same rows and cols. */
+/* out [n, rows] = gelu(x · gateᵀ) * (x · upᵀ), with the tanh form of gelu. gate and up have the same rows and cols and
+ * are both packed or both of floats. */
 IOL_API void iol_gated(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, const iol_matrix* gate,
                        const iol_matrix* up, float* out, int64_t out_stride);
 
@@ -147,11 +148,17 @@ typedef struct {
     float unit;             /* what the turned part of a key is kept in */
 } iol_cache;
 
-/* n tokens x [n, size], the first of them at position `start`, through `layers` blocks, in place: keys and values go
- * into the caches, whose rows are there, and attention reads them. cos and sin [n, D/2] are those of sliding layers,
- * then those of full ones. The same as iol_block_begin, attention over the cache, and iol_block_end for each. */
-IOL_API void iol_stack(iol_pool* pool, const iol_block* blocks, const iol_cache* caches, int64_t layers, float* x,
-                       int64_t n, int64_t start, const float* const* cos, const float* const* sin);
+/* n new tokens of one sequence, the first of them at position `start`, and the caches of all its layers. */
+typedef struct {
+    const iol_cache* caches;
+    int64_t n, start;
+} iol_segment;
+
+/* The tokens x [all n, size] of `count` sequences, end to end, through `layers` blocks, in place: keys and values go
+ * into the caches, whose rows are there, and attention reads them. cos and sin [all n, D/2] are those of sliding layers,
+ * then those of full ones. The same as iol_block_begin, attention over each cache, and iol_block_end for each block. */
+IOL_API void iol_stack(iol_pool* pool, const iol_block* blocks, int64_t layers, const iol_segment* segments,
+                       int64_t count, float* x, const float* const* cos, const float* const* sin);
 
 /* ---- what the machine can do ---- */
 

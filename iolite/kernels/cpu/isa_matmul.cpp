@@ -1,9 +1,10 @@
-// Products of activations with packed weights.
+// Products of activations with packed weights; with float ones: -> floats.h.
 //
 // Few tokens (up to kFew) are bound by memory: sixteen rows are one stream through it, unpacked in registers, where
 // they meet up to eight tokens at a time; with more tokens they are gone through again, by then in the cache. Many
 // tokens are bound by arithmetic: -> panel.h.
 #include "blocks.h"
+#include "floats.h"
 #include "gelu.h"
 #include "kernels.h"
 #include "panel.h"
@@ -133,6 +134,7 @@ namespace IOL_ISA {
 
 void linear(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, int64_t count, const iol_matrix* w,
             float* const* out, const int64_t* out_stride) {
+    if (w[0].format == kFloat) return float_linear(pool, x, x_stride, n, count, w, out, out_stride);
     const Activations a = quantise(pool, x, x_stride, n, w[0].cols);
     Product products[kProducts];
     for (int64_t i = 0; i < count; i += kProducts) {
@@ -144,16 +146,25 @@ void linear(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, int64_t
 
 void gated(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, const iol_matrix* gate, const iol_matrix* up,
            float* out, int64_t out_stride) {
-    const Activations a = quantise(pool, x, x_stride, n, gate->cols);
     const int64_t rows = gate->rows;
-    if (n > kFew) {
-        const Product first = product(*gate, out, out_stride), second = product(*up, out, out_stride);
-        return multiply(pool, &first, 1, &second, a);
-    }
     // Going back and forth between the two costs more than joining them afterwards: each thread reads one stretch.
-    float* other = (float*)iol_scratch(IOL_SCRATCH_GATED, (size_t)(n * rows) * sizeof(float));
-    const Product both[2] = {product(*gate, out, out_stride), product(*up, other, rows)};
-    multiply(pool, both, 2, nullptr, a);
+    float* other = nullptr;
+    if (gate->format == kFloat) {
+        other = (float*)iol_scratch(IOL_SCRATCH_GATED, (size_t)(n * rows) * sizeof(float));
+        const iol_matrix both[2] = {*gate, *up};
+        float* const outs[2] = {out, other};
+        const int64_t strides[2] = {out_stride, rows};
+        float_linear(pool, x, x_stride, n, 2, both, outs, strides);
+    } else {
+        const Activations a = quantise(pool, x, x_stride, n, gate->cols);
+        if (n > kFew) {
+            const Product first = product(*gate, out, out_stride), second = product(*up, out, out_stride);
+            return multiply(pool, &first, 1, &second, a);
+        }
+        other = (float*)iol_scratch(IOL_SCRATCH_GATED, (size_t)(n * rows) * sizeof(float));
+        const Product both[2] = {product(*gate, out, out_stride), product(*up, other, rows)};
+        multiply(pool, both, 2, nullptr, a);
+    }
     for (int64_t t = 0; t < n; t++) {
         float* row = out + t * out_stride;
         geglu(pool, row, other + t * rows, rows, row);

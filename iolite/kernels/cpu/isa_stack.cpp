@@ -1,4 +1,4 @@
-// All decoder blocks for few tokens of one sequence in one call: between two blocks nothing but arithmetic happens.
+// All decoder blocks for few tokens of some sequences in one call: between two blocks nothing but arithmetic happens.
 #include "dot.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -99,36 +99,47 @@ iol_attention_args over(const iol_cache& c, const float* q, int64_t n, int64_t s
     return a;
 }
 
+// Attention of n tokens of one sequence over its cache: q [n, H, D], overwritten, to out, the keys and values of these
+// tokens k and v [n, K, D]. memory: for queries and for 2 D floats.
+void attend(iol_pool* pool, const iol_cache& c, float* q, const float* k, const float* v, int64_t n, int64_t start,
+            int64_t H, int64_t K, int64_t D, float* memory, float* out) {
+    const int64_t queries = n * H * D;
+    remember(c, k, v, n, start, K, D, memory + queries);
+    if (!c.turned) {
+        const iol_attention_args args = over(c, q, n, start, H, K, D, out);
+        return iol::IOL_ISA::attention(pool, &args);
+    }
+    const Pieces p = pieces(D, c.turned);
+    for (int64_t i = 0; i < queries; i += D) reorder_query(q + i, p, c.factor, memory + i);
+    const iol_attention_args args = over(c, memory, n, start, H, K, D, q);
+    iol::IOL_ISA::attention(pool, &args);
+    for (int64_t i = 0; i < queries; i += D) restore_output(q + i, p, out + i);
+}
+
 }  // namespace
 
 namespace iol {
 namespace IOL_ISA {
 
-void stack(iol_pool* pool, const iol_block* blocks, const iol_cache* caches, int64_t layers, float* x, int64_t n,
-           int64_t start, const float* const* cos, const float* const* sin) {
+void stack(iol_pool* pool, const iol_block* blocks, int64_t layers, const iol_segment* segments, int64_t count,
+           float* x, const float* const* cos, const float* const* sin) {
+    int64_t n = 0, most = 0;
+    for (int64_t i = 0; i < count; i++) n += segments[i].n, most = max(most, segments[i].n);
     for (int64_t layer = 0; layer < layers; layer++) {
         const iol_block& b = blocks[layer];
-        const iol_cache& c = caches[layer];
-        const int64_t D = b.head_dim, H = b.qkv[0].rows / D, K = b.qkv[1].rows / D, queries = n * H * D;
-        const int64_t floats = 3 * queries + 2 * n * K * D + 2 * D;
+        const int64_t D = b.head_dim, H = b.qkv[0].rows / D, K = b.qkv[1].rows / D;
+        const int64_t floats = 2 * n * (H + K) * D + most * H * D + 2 * D;
         float* const q = (float*)iol_scratch(IOL_SCRATCH_STACK, (size_t)floats * sizeof(float));
-        float *const turned = q + queries, *const out = turned + queries, *const k = out + queries;
-        float *const v = k + n * K * D, *const joined = v + n * K * D;
-        const int full = c.window ? 0 : 1;
+        float *const out = q + n * H * D, *const k = out + n * H * D, *const v = k + n * K * D;
+        float* const memory = v + n * K * D;
+        const int full = segments[0].caches[layer].window ? 0 : 1;
         block_begin(pool, &b, x, n, cos[full], sin[full], q, k, v);
-        remember(c, k, v, n, start, K, D, joined);
-        if (!c.turned) {
-            const iol_attention_args args = over(c, q, n, start, H, K, D, out);
-            attention(pool, &args);
-            block_end(pool, &b, x, out, n, x);
-            continue;
+        for (int64_t i = 0, at = 0; i < count; at += segments[i++].n) {
+            const iol_segment& s = segments[i];
+            const int64_t to_q = at * H * D, to_k = at * K * D;
+            attend(pool, s.caches[layer], q + to_q, k + to_k, v + to_k, s.n, s.start, H, K, D, memory, out + to_q);
         }
-        const Pieces p = pieces(D, c.turned);
-        for (int64_t i = 0; i < queries; i += D) reorder_query(q + i, p, c.factor, turned + i);
-        const iol_attention_args args = over(c, turned, n, start, H, K, D, out);
-        attention(pool, &args);
-        for (int64_t i = 0; i < queries; i += D) restore_output(out + i, p, q + i);
-        block_end(pool, &b, x, q, n, x);
+        block_end(pool, &b, x, out, n, x);
     }
 }
 

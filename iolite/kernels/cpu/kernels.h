@@ -41,9 +41,9 @@
       (iol_pool * pool, const iol_block* block, const float* x, const float* attended, int64_t n, float* out),     \
       (pool, block, x, attended, n, out))                                                                          \
     X(stack,                                                                                                       \
-      (iol_pool * pool, const iol_block* blocks, const iol_cache* caches, int64_t layers, float* x, int64_t n,     \
-       int64_t start, const float* const* cos, const float* const* sin),                                           \
-      (pool, blocks, caches, layers, x, n, start, cos, sin))
+      (iol_pool * pool, const iol_block* blocks, int64_t layers, const iol_segment* segments, int64_t count,       \
+       float* x, const float* const* cos, const float* const* sin),                                                \
+      (pool, blocks, layers, segments, count, x, cos, sin))
 
 struct iol_kernels {
     // Reads `bytes` bytes (a multiple of 4096) in one of IOL_READ_WAYS ways; the result depends on all of them.

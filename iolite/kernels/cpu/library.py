@@ -79,6 +79,12 @@ class CacheArg(ctypes.Structure):
     )
 
 
+class SegmentArg(ctypes.Structure):
+    """`iol_segment` of iolite.h."""
+
+    _fields_ = (("caches", POINTER(CacheArg)), ("n", c_int64), ("start", c_int64))
+
+
 class Library:
     """The loaded library. Its kernels are attributes, taken without the prefix: `library.rms_norm(library.pool, ...)`.
 
@@ -111,7 +117,7 @@ class Library:
         self.block_begin = self._function("block_begin", None, p, POINTER(BlockArg), p, i, p, p, p, p, p)
         self.block_end = self._function("block_end", None, p, POINTER(BlockArg), p, p, i, p)
         self.stack = self._function(
-            "stack", None, p, POINTER(BlockArg), POINTER(CacheArg), i, p, i, i, *[POINTER(p)] * 2
+            "stack", None, p, POINTER(BlockArg), i, POINTER(SegmentArg), i, p, *[POINTER(p)] * 2
         )
         self.probe_bandwidth = self._function("probe_bandwidth", c_double, p, i, c_double)
         self.probe_int8 = self._function("probe_int8", c_double, p, c_double)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import byref, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from iolite.kernels.contracts import Matrix
 from iolite.kernels.cpu.library import MatrixArg, loaded
+
+FLOAT = 32
+"""The format of a float matrix, as the library knows it."""
 
 # What C is told about matrices, by where they lie. A pointer stays valid as long as a call's matrices do.
 _arguments: dict[tuple[tuple[int, int, int, int], ...], Any] = {}
@@ -32,6 +35,19 @@ def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
         library = loaded()
         library.linear(library.pool, rows.data_ptr(), stride, n, count, _argument(matrices), pointers, strides)
     return outs
+
+
+def float_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., C] times weight [R, C] transposed, both float32: [..., R]. The numbers of one row of x are the same
+    whatever the others are. Raises ValueError for an x that does not fit."""
+    rows, n, stride = _tokens(x, weight.shape[1])
+    assert weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+    if n:
+        library, told = loaded(), MatrixArg(weight.data_ptr(), *weight.shape, FLOAT)
+        at, step = c_void_p(out.data_ptr()), c_int64(weight.shape[0])
+        library.linear(library.pool, rows.data_ptr(), stride, n, 1, byref(told), byref(at), byref(step))
+    return out
 
 
 def gated(x: Tensor, gate: Matrix, up: Matrix) -> Tensor:

@@ -1,4 +1,4 @@
-"""All decoder blocks as one call, for few tokens of one sequence: the step that draws a token.
+"""All decoder blocks as one call, for few tokens of some sequences: the step that draws a token in each.
 
 What Python does between kernels is time in which nothing is read from memory. The blocks' weights are described to the
 library once (`block.py`), the cache's buffers whenever they are others.
@@ -6,7 +6,7 @@ library once (`block.py`), the cache's buffers whenever they are others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import c_void_p
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 
 from iolite.kernels.cpu.attention import KINDS
-from iolite.kernels.cpu.block import MOST_TOKENS, block
-from iolite.kernels.cpu.library import BlockArg, CacheArg, loaded
+from iolite.kernels.cpu.block import Block, block
+from iolite.kernels.cpu.library import BlockArg, CacheArg, SegmentArg, loaded
 
 Angles = tuple[Tensor, Tensor]
 
+_stacks: WeakKeyDictionary[Any, _Blocks] = WeakKeyDictionary()
 _caches: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
+
+
+class _Blocks:
+    """The layers of a decoder, as the library is told."""
+
+    def __init__(self, parts: list[Block]) -> None:
+        self.parts, self.argument = parts, (BlockArg * len(parts))(*(part.argument for part in parts))
 
 
 class _Rows:
@@ -51,22 +59,41 @@ def _argument(layer: Any) -> CacheArg:
     )  # fmt: skip
 
 
-def stack(layers: Iterable[Any], x: Tensor, sliding: Angles, full: Angles, cache: Any) -> Tensor | None:
-    """x [n, M] through decoder layers, their keys and values into a KVCache after its `length` tokens; returns [n, M].
+def stack(layers: Iterable[Any], x: Tensor, sliding: Angles, full: Angles, segments: Sequence[Any]) -> Tensor | None:
+    """x [n, M] through decoder layers. Each segment says how many of its tokens continue which KVCache, whose keys and
+    values are written after its `length` tokens; returns [n, M].
 
-    None, with nothing done, where a layer's weights are not packed or the cache cannot be written in place.
+    None, with nothing computed, where a layer's weights cannot be read or a cache cannot be written in place.
     """
-    layers, n = list(layers), x.shape[0]
-    blocks, weights = [block(layer) for layer in layers], [layer.self_attn.k_norm.weight for layer in layers]
-    takes = cache.dtype is None or cache.dtype in KINDS
-    if n > MOST_TOKENS or None in blocks or not takes or not cache.place(n, weights):
+    blocks = _blocks_of(layers)
+    if blocks is None or not all(_has_place(blocks, segment) for segment in segments):
         return None
-    if (rows := _caches.get(cache)) is None or not rows.is_current(cache):
-        rows = _caches[cache] = _Rows(cache)
-    arguments = (BlockArg * len(blocks))(*(b.argument for b in blocks if b is not None))
     x = x.clone(memory_format=torch.contiguous_format)
     angles = [t.contiguous() for t in (sliding[0], full[0], sliding[1], full[1])]
     cos, sin = ((c_void_p * 2)(*(t.data_ptr() for t in pair)) for pair in (angles[:2], angles[2:]))
-    library = loaded()
-    library.stack(library.pool, arguments, rows.argument, len(blocks), x.data_ptr(), n, cache.length, cos, sin)
+    count, library = len(segments), loaded()
+    told = (SegmentArg * count)(*[SegmentArg(_rows(s.cache).argument, s.n, s.cache.length) for s in segments])
+    library.stack(library.pool, blocks.argument, len(blocks.parts), told, count, x.data_ptr(), cos, sin)
     return x
+
+
+def _blocks_of(layers: Iterable[Any]) -> _Blocks | None:
+    parts = [block(layer) for layer in layers]
+    found = _stacks.get(layers)
+    if found is None or found.parts != parts:
+        if None in parts:
+            return None
+        found = _stacks[layers] = _Blocks([part for part in parts if part is not None])
+    return found
+
+
+def _has_place(blocks: _Blocks, segment: Any) -> bool:
+    """Whether the tokens of a segment can be written to its cache, where they now have room."""
+    takes = segment.cache.dtype is None or segment.cache.dtype in KINDS
+    return takes and segment.cache.place(segment.n, [part.key_weight for part in blocks.parts])
+
+
+def _rows(cache: Any) -> _Rows:
+    if (rows := _caches.get(cache)) is None or not rows.is_current(cache):
+        rows = _caches[cache] = _Rows(cache)
+    return rows

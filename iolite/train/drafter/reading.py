@@ -57,7 +57,7 @@ class Reading:
 class ReadingBatch:
     """Whole sequences, in the form that the model asks for (its `Batch`)."""
 
-    sequence = None
+    plain = None
 
     def __init__(self, config: TextConfig, dialogues: Sequence[Dialogue], device: torch.device) -> None:
         self.config, self.sizes = config, [d.length for d in dialogues]
