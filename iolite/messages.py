@@ -1,6 +1,7 @@
 """OpenAI's and Transformers' message shapes, brought to the one that chat templates know.
 
-A content part becomes `{"type": "text" | "image" | "audio" | "video", ...}`, its media taken out into an `Attachment`;
+A content part becomes `{"type": "text" | "image" | "audio" | "video" | "document", ...}`, its media taken out into an
+`Attachment` (`iolite.documents` makes texts and pictures of documents before a template sees them);
 tool call arguments that come as a JSON string become the object the template needs, and a tool's result that comes as
 an object becomes a JSON string (the template has no other place for it).
 """
@@ -27,21 +28,28 @@ _MEDIA_PARTS = {
     "video": ("video", ("video", "video_url", "frames", "url", "path", "data", "bytes")),
     "video_url": ("video", ("video_url", "url", "video")),
     "input_video": ("video", ("input_video", "video", "data", "url")),
+    "document": ("document", ("document", "url", "path", "data", "bytes")),
+    "file": ("document", ("file", "file_data", "url", "path", "data")),
+    "input_file": ("document", ("file_data", "file_url", "file", "data", "url")),
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_BASE64 = {"data": "*", "file_data": "pdf"}  # keys that may hold base64 alone -> the format, when none is named
+PAGES = ("auto", "text", "pictures")
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """One picture, recording or video of a message, not yet opened."""
+    """One picture, recording, video or document (a PDF, a text) of a message, not yet opened."""
 
-    kind: str  # "image" | "audio" | "video"
+    kind: str  # "image" | "audio" | "video" | "document"
     source: Any  # path, bytes, data URI, NumPy array, PIL image, list of frames; None: only announced
     sampling_rate: int | None = None  # of an array of samples
-    max_soft_tokens: int | None = None  # of this picture or of each frame
+    max_soft_tokens: int | None = None  # of this picture, or of each frame or page
     num_frames: int | None = None
     fps: float | None = None
     sound: bool = False  # of a video: hear its sound track too
+    name: str | None = None  # of a document
+    pages: str = "auto"  # of a PDF: their "text", "pictures" of them, or pictures of those that hold no text ("auto")
 
 
 def normalise(messages: str | Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Attachment]]:
@@ -121,13 +129,15 @@ def _attachment(part: Mapping[str, Any], where: str, kind: str, keys: Sequence[s
     source = next((part[k] for k in keys if part.get(k) is not None), None)
     if isinstance(source, Mapping):  # {"url": …}, {"data": base64, "format": "wav"}, {"array": …, "sampling_rate": …}
         settings = {**part, **source}
-        inner = ("array", "bytes", "url", "path", "data")
+        inner = ("array", "bytes", "url", "path", "data", "file_data", "file_url")
         source = next((source[k] for k in inner if source.get(k) is not None), None)
-        if source is None:
+        if source is None and settings.get("file_id") is None:
             raise MessageError(f"{where}: no source under any of {', '.join(inner)}")
-    base64 = isinstance(source, str) and settings.get("data") is source
-    if base64 and not str(source).startswith("data:"):
-        source = f"data:{kind}/{settings.get('format', '*')};base64,{source}"
+    if source is None and settings.get("file_id") is not None:
+        raise MessageError(f"{where} names a file by its id, and no files are kept", "send its bytes, as base64")
+    key = next((key for key in _BASE64 if isinstance(source, str) and settings.get(key) is source), None)
+    if key and ":" not in str(source)[:16]:  # no URI, which base64 cannot be
+        source = f"data:{kind}/{settings.get('format', _BASE64[key])};base64,{source}"
     return Attachment(
         kind,
         source,
@@ -136,7 +146,16 @@ def _attachment(part: Mapping[str, Any], where: str, kind: str, keys: Sequence[s
         num_frames=_whole(settings, "num_frames", where),
         fps=_positive(settings, "fps", where),
         sound=_switch(settings, "sound", where),
+        name=next((str(settings[key]) for key in ("filename", "name", "title") if settings.get(key)), None),
+        pages=_pages(settings, where),
     )
+
+
+def _pages(settings: Mapping[str, Any], where: str) -> str:
+    value = settings.get("pages", PAGES[0])
+    if value not in PAGES:
+        raise MessageError(f"{where}: pages must be one of {', '.join(PAGES)}")
+    return str(value)
 
 
 def _switch(settings: Mapping[str, Any], key: str, where: str) -> bool:

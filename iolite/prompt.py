@@ -3,15 +3,16 @@
 The order of parts is kept as written. Each picture, video frame and recording becomes a `Span` of placeholder ids with
 its raw array beside it. A placeholder without media, and media without a placeholder, are errors: nothing is dropped.
 
-The steps: `iolite.messages` brings both OpenAI's and Transformers' shapes to one, the checkpoint's template renders
-them, each placeholder in the text is expanded (FACTS of the family: one picture is boi + n * image + eoi), and the
-tokenizer turns the whole text into ids, in which the spans are then found.
+The steps: `iolite.messages` brings both OpenAI's and Transformers' shapes to one, `iolite.documents` makes texts and
+pictures of the documents in them, the checkpoint's template renders them, each placeholder in the text is expanded
+(FACTS of the family: one picture is boi + n * image + eoi), and the tokenizer turns the whole text into ids, in which
+the spans are then found.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iolite.config import ModelConfig, ProcessorConfig
+from iolite.documents import open_documents, read_document
 from iolite.errors import CheckpointError, MediaError, MessageError, UsageError
 from iolite.media.audio import audio_frames, decode_audio
 from iolite.media.image import decode_image, image_patches
@@ -77,7 +79,7 @@ class PromptBuilder:
 
     def render(self, messages: str | Sequence[Mapping[str, Any]], **template: Any) -> str:
         """The template's text, placeholders unexpanded. Keywords as in `ChatTemplate.render`."""
-        return self._render(normalise(messages)[0], template)
+        return self._render(self._opened(messages, None)[0], template)
 
     def build(
         self, messages: str | Sequence[Mapping[str, Any]], *, image_tokens: int | None = None, **template: Any
@@ -86,12 +88,46 @@ class PromptBuilder:
 
         Raises MessageError, MediaError or UsageError before any model work is done.
         """
-        messages, attachments = normalise(messages)
         if image_tokens is not None:
             self.image_budget(image_tokens)  # a wrong number is told of without a picture too
+        messages, attachments = self._opened(messages, image_tokens)
         text = self._render(messages, template)
         pieces = [self._expand(a, image_tokens) for a in attachments]
         return self._join(text, attachments, pieces)
+
+    def _opened(
+        self, messages: str | Sequence[Mapping[str, Any]], image_tokens: int | None
+    ) -> tuple[list[dict[str, Any]], list[Attachment]]:
+        """Messages in one shape and their media, among which are no documents any more."""
+        drawn = 0
+
+        def open_one(attachment: Attachment) -> Iterator[str | Attachment]:
+            nonlocal drawn
+            budget = attachment.max_soft_tokens or image_tokens
+            for piece in self._document(attachment, budget, self.limits.max_page_pictures - drawn):
+                drawn += isinstance(piece, Attachment)
+                yield piece
+
+        return open_documents(*normalise(messages), open_one)
+
+    def _document(self, attachment: Attachment, image_tokens: int | None, room: int) -> Iterator[str | Attachment]:
+        """The texts of a document, and of its pages at most `room` pictures."""
+        if attachment.source is None:
+            raise MessageError("a document comes without a path, bytes or data URI")
+        document = read_document(attachment.source, **self._where())
+        looked_at = document.looked_at(attachment.pages, self.config.vision is not None, self.limits)
+        if len(looked_at) > room:
+            most = self.limits.max_page_pictures
+            raise MediaError(f"of all PDFs together {most} pages may be pictures", "ask about fewer at once")
+        pictures: Iterator[np.ndarray] = iter(())
+        budget = None
+        if looked_at:
+            budget = self.image_budget(image_tokens)
+            assert self.config.vision is not None
+            patch_size = self.config.vision.model_patch_size
+            pictures = document.pictures(looked_at, budget, patch_size, self.limits)
+        for piece in document.layout(attachment.name, looked_at):
+            yield piece if isinstance(piece, str) else Attachment("image", next(pictures), max_soft_tokens=budget)
 
     def _render(self, messages: list[dict[str, Any]], template: Mapping[str, Any]) -> str:
         check_tools(template.get("tools"))
@@ -142,11 +178,7 @@ class PromptBuilder:
             )
         if attachment.source is None:
             raise MessageError(f"a part of type {attachment.kind!r} comes without a path, bytes, data URI or array")
-        where: dict[str, Any] = {
-            "limits": self.limits,
-            "media_root": self.media_root,
-            "allow_urls": self.allow_urls,
-        }
+        where = self._where()
         if attachment.kind == "audio":
             samples = decode_audio(attachment.source, sampling_rate_in=attachment.sampling_rate, **where)
             return self._sound(samples)
@@ -162,6 +194,9 @@ class PromptBuilder:
         budget = attachment.max_soft_tokens or self.processor.video_max_soft_tokens
         hear = attachment.sound and self.config.audio is not None
         return self._video(video, self._budget("max_soft_tokens of a video", budget), hear)
+
+    def _where(self) -> dict[str, Any]:
+        return {"limits": self.limits, "media_root": self.media_root, "allow_urls": self.allow_urls}
 
     def image_budget(self, asked: int | None) -> int:
         """The most tokens that one picture becomes; UsageError for a number that this checkpoint does not know."""

@@ -18,7 +18,7 @@ PACKAGE = Path(iolite.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("config", "errors", "memory", "device"),
     ("media", "text", "kernels"),
-    ("messages", "prompt", "quant", "cache", "cache_layouts"),
+    ("messages", "documents", "prompt", "quant", "cache", "cache_layouts"),
     ("model",),
     ("checkpoint",),
     ("prefix",),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.media import encode_video, numbered_frames, tone
+from support.pdf import a_pdf, a_scan
 
 from iolite.config import ProcessorConfig
 from iolite.errors import CheckpointError, MediaError, MessageError, UsageError
@@ -205,3 +206,54 @@ def test_a_tokenizer_of_another_checkpoint(builder):
     for config, words in ((unknown, "does not have"), (replace(builder.config, image_token_id=text), "does not read")):
         with pytest.raises(CheckpointError, match=words):
             PromptBuilder(builder.tokenizer, builder.template, config, builder.processor).build(user(image(RED)))
+
+
+def document(data, **settings):
+    return {"type": "document", "document": data, "name": "a.pdf", **settings}
+
+
+def test_words_of_a_document(builder):
+    messages = user(document(a_pdf("a red square", "0 1 2 3")), "what is this?")
+    prompt = builder.build(messages)
+    text = "[a.pdf]\n[page 1]\na red square\n\n[page 2]\n0 1 2 3\n[end of a.pdf]\n\nwhat is this?"
+    assert prompt.text == builder.build(text).text == builder.render(messages)
+    assert prompt.spans == ()
+
+
+def test_pages_as_pictures_are_what_a_picture_of_them_is(builder):
+    red, blue = Image.new("RGB", (96, 96), "red"), Image.new("RGB", (200, 48), (0, 0, 255))
+    data = a_scan(red, blue)
+    prompt = builder.build(user(document(data), "what is this?"))
+    assert prompt.text.count("<|image|>") == len(prompt.spans) == 2
+    assert "[a.pdf]\n[page 1]<|image|>[page 2]<|image|>[end of a.pdf]\n\nwhat is this?" in prompt.text
+    first, second = prompt.spans
+    (as_picture,) = builder.build(user(image(RED))).spans
+    assert np.abs(first.array - as_picture.array).max() < 0.02  # a scan is a JPEG
+    assert (first.positions == as_picture.positions).all() and second.length == 4
+    smaller = builder.build(user(document(data, max_soft_tokens=1)))
+    assert [span.length for span in smaller.spans] == [1, 1]
+    assert [span.length for span in builder.build(user(document(data)), image_tokens=1).spans] == [1, 1]
+    words = a_pdf("a red square")
+    assert builder.build(user(document(words))).spans == ()
+    assert len(builder.build(user(document(words, pages="pictures"))).spans) == 1
+
+
+def test_documents_that_are_refused(builder):
+    scan = a_scan(*[Image.new("RGB", (9, 9))] * 5)
+    limited = replace(builder, limits=replace(builder.limits, max_page_pictures=8))
+    limited.build(user(document(scan), document(a_pdf("x"), pages="pictures")))
+    with pytest.raises(MediaError, match="of all PDFs together 8 pages"):
+        limited.build(user(document(scan), document(scan)))
+    blind = replace(builder, config=replace(builder.config, vision=None))
+    with pytest.raises(MediaError, match="holds no text"):
+        blind.build(user(document(scan)))
+    with pytest.raises(UsageError, match="cannot take pictures"):
+        blind.build(user(document(scan, pages="pictures")))
+    for part, told in (
+        (document(scan, pages="all"), "pages must be one of auto, text, pictures"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, "names a file by its id"),
+        ({"type": "input_file", "file_id": "file-1"}, "names a file by its id"),
+        ({"type": "input_file", "filename": "a.pdf"}, "comes without a path"),
+    ):
+        with pytest.raises(MessageError, match=told):
+            builder.build(user(part))

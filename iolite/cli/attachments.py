@@ -1,4 +1,4 @@
-"""Pictures, sounds and videos that a person names or drops into a line of text.
+"""Pictures, sounds, videos and PDFs that a person names or drops into a line of text.
 
 A path counts when it has a known ending and the file exists; quotes, backslashes before blanks, `~` and file:// are
 understood. One path at an end of the text is taken out of it; any other is replaced by the file's name, so that
@@ -21,6 +21,7 @@ ENDINGS = {
     "image": "png jpg jpeg webp gif bmp tif tiff avif",
     "audio": "wav mp3 flac ogg oga opus m4a aac wma aiff aif",
     "video": "mp4 m4v mov mkv webm avi mpg mpeg",
+    "document": "pdf",
 }
 _KINDS = {ending: kind for kind, endings in ENDINGS.items() for ending in endings.split()}
 _ENDING = rf"\.(?:{'|'.join(sorted(_KINDS, key=len, reverse=True))})"
@@ -35,8 +36,9 @@ _PATH = re.compile(
 class Attachment:
     """One file to send along, or the bytes that came in its place."""
 
-    kind: str  # "image" | "audio" | "video"
+    kind: str  # "image" | "audio" | "video" | "document"
     source: str | bytes
+    pages: str = "auto"  # of a document: how the pages of a PDF are read
 
     @property
     def name(self) -> str:
@@ -44,8 +46,10 @@ class Attachment:
 
     def part(self) -> dict[str, Any]:
         """The content part of a message."""
-        sound = {"sound": True} if self.kind == "video" else {}  # who shows a video means what is said in it too
-        return {"type": self.kind, self.kind: self.source, **sound}
+        part = {"type": self.kind, self.kind: self.source}
+        if self.kind == "video":
+            return {**part, "sound": True}  # who shows a video means what is said in it too
+        return {**part, "name": self.name, "pages": self.pages} if self.kind == "document" else part
 
 
 def kind_of(path: str) -> str | None:
@@ -54,7 +58,7 @@ def kind_of(path: str) -> str | None:
 
 
 def attach(kind: str, path: str) -> Attachment:
-    """A file that was named as a picture, sound or video. MediaError when it is not there."""
+    """A file that was named as a picture, sound, video or document. MediaError when it is not there."""
     if re.match(r"(data|https?|file):", path, re.IGNORECASE):
         return Attachment(kind, path)  # not a path: `read_source` knows what it is
     where = os.path.expanduser(path)  # unlike Path.expanduser, it never raises
@@ -101,7 +105,7 @@ def _existing(match: re.Match[str]) -> Attachment | None:
 
 
 def user_message(text: str, attachments: Sequence[Attachment]) -> dict[str, Any]:
-    """A user's message with pictures and videos before the text and sound after it, as the model was trained."""
+    """A user's message: pictures, videos and documents before the text and sound after it, as the model was trained."""
     before = [a.part() for a in attachments if a.kind != "audio"]
     after = [a.part() for a in attachments if a.kind == "audio"]
     if not before and not after:

@@ -259,6 +259,7 @@ COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str]] = {
     "/image": (_attach("image"), "FILE: send a picture with the next message"),
     "/audio": (_attach("audio"), "FILE: send a recording with the next message"),
     "/video": (_attach("video"), "FILE: send a video with the next message"),
+    "/file": (_attach("document"), "FILE: send a PDF or a text with the next message"),
     "/set": (Chat.set, "NAME VALUE: change a setting; alone, list them"),
     "/show": (Chat.show, "the model, the settings and what waits to be sent"),
     "/clear": (Chat.clear, "forget what was said"),

@@ -6,6 +6,7 @@ import json
 import select
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 @click.option("--image", multiple=True, metavar="FILE", help="A picture; - is stdin. May be repeated.")
 @click.option("--audio", multiple=True, metavar="FILE", help="A recording; - is stdin. May be repeated.")
 @click.option("--video", multiple=True, metavar="FILE", help="A video; - is stdin. May be repeated.")
+@click.option("--file", multiple=True, metavar="FILE", help="A PDF or a text; - is stdin. May be repeated.")
+@click.option(
+    "--pages",
+    type=click.Choice(["auto", "text", "pictures"]),
+    default="auto",
+    help="Of a PDF: its text, pictures of its pages, or (auto) its text, and pictures of pages that have none.",
+)
 @click.option("--schema", metavar="FILE|JSON", help="A JSON Schema: the answer is JSON that it describes.")
 @click.option("--grammar", metavar="FILE", help="A Lark grammar: the answer is a text of it.")
 @click.option(
@@ -54,6 +62,8 @@ def command(
     image: tuple[str, ...],
     audio: tuple[str, ...],
     video: tuple[str, ...],
+    file: tuple[str, ...],
+    pages: str,
     schema: str | None,
     grammar: str | None,
     thinking_budget: int | None,
@@ -66,8 +76,8 @@ def command(
 ) -> None:
     """Ask MODEL (by default nano) a question and print the answer.
 
-    The paths of pictures, recordings and videos inside the prompt are picked up too. What is piped in is added to the
-    prompt, or is the prompt when there is no other. Sampling flags that are not given are the model's own.
+    The paths of pictures, recordings, videos and PDFs inside the prompt are picked up too. What is piped in is added to
+    the prompt, or is the prompt when there is no other. Sampling flags that are not given are the model's own.
 
     \b
     iolite run "What is 17 times 23?"
@@ -76,7 +86,8 @@ def command(
     iolite run google/gemma-4-12B-it "Who is named here? letter.png" --schema '{"type": "object"}'
     """
     name, text = split_words(words, model, prompt)
-    named = [(kind, path) for kind, paths in (("image", image), ("video", video), ("audio", audio)) for path in paths]
+    flags = (("image", image), ("video", video), ("audio", audio), ("document", file))
+    named = [(kind, path) for kind, paths in flags for path in paths]
     text, picked = pick_paths(text)
     attached = gather(named)
     if all(path != "-" for _, path in named):
@@ -90,7 +101,7 @@ def command(
     loading = options.take_loading(settings)
     loaded = options.load_model(name, **loading)
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append(user_message(text, [*attached, *picked]))
+    messages.append(user_message(text, [replace(found, pages=pages) for found in (*attached, *picked)]))
     reply = answer(loaded, messages, as_json, settings)
     if reply.notice:
         say(f"note: {reply.notice}")

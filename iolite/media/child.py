@@ -1,8 +1,9 @@
 """The program that decodes foreign bytes, in a process of its own. `worker.py` starts it and reads its answers.
 
-It imports the standard library, Pillow and PyAV only, so that it is up in well under a tenth of a second. A request
-is a 4-byte length, a JSON object and the media bytes; the answer is JSON lines, those with a "shape" followed by that
-array's raw bytes, until one says "end" or "refused". No text that a decoder wrote ever leaves this process.
+It imports the standard library, Pillow, PyAV and pypdfium2 only, so that it is up in well under a tenth of a second. A
+request is a 4-byte length, a JSON object and the media bytes; the answer is JSON lines, those with a "shape" followed
+by that array's raw bytes, until one says "end" or "refused". No text that a decoder wrote ever leaves this process,
+except the words of a PDF.
 
 On Linux the process that imports the decoders never touches foreign bytes: for every request it forks a copy of itself,
 which limits its memory and processor time, gives up opening files and sockets, decodes, answers and exits. Elsewhere a
@@ -11,6 +12,7 @@ process serves one request.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import av
+    import pypdfium2
     from PIL import Image
 
 Message = tuple[dict[str, Any], Any]  # an array's header, and a buffer of its bytes
@@ -56,6 +59,7 @@ EXACT_LENGTH = {
 SEEKABLE = {"mov", "matroska"}  # whose index leads to the right key frame
 
 RATE = 16_000  # Hz, of all sound that leaves here
+NO_WORDS = dict.fromkeys([*range(9), *range(11, 32), 0xFFFE, 0xFFFF])  # CR, and U+FFFE: where PDFium takes a hyphen out
 SLACK = 0.1  # seconds by which a recording may fall short of its header: codecs' delays, not a cut file
 
 
@@ -353,9 +357,82 @@ def _before(frame: av.VideoFrame, place: int, index: int, target: int | None) ->
     return place < index if target is None or frame.pts is None else frame.pts < target
 
 
+# ------------------------------------------------------------------------------------------------------ pages
+
+
+def decode_pdf(data: bytes, request: dict[str, Any]) -> Iterator[Message]:
+    """The words of each page as UTF-8, uint8 [bytes], with its size in points as it is shown."""
+    with open_pdf(data, request) as pdf:
+        left = request["max_text"]
+        for number in range(len(pdf)):
+            with contextlib.closing(_page(pdf, number)) as page, contextlib.closing(page.get_textpage()) as words:
+                left -= words.count_chars()
+                if left < 0:
+                    raise Refused("text")
+                text = words.get_text_range().translate(NO_WORDS).strip().encode()
+                empty = not text and not any(page.get_objects(max_depth=1)) and not _annotations(page)
+                size = {"width": page.get_width(), "height": page.get_height()}
+                yield {"shape": [len(text)], "dtype": "uint8", "empty": empty, **size}, text
+
+
+def draw_pages(data: bytes, request: dict[str, Any]) -> Iterator[Message]:
+    """The pages asked for as [number, height, width]: uint8 RGB of just that size, one after the other."""
+    import pypdfium2
+    import pypdfium2.raw as raw
+
+    with open_pdf(data, request) as pdf:
+        for number, height, width in request["pages"]:
+            check_pixels(width, height, request["max_pixels"])
+            with contextlib.closing(_page(pdf, number)) as page:
+                bitmap = pypdfium2.PdfBitmap.new_native(width, height, raw.FPDFBitmap_BGR, rev_byteorder=True)
+                with contextlib.closing(bitmap):
+                    bitmap.fill_rect((255, 255, 255, 255), 0, 0, width, height)
+                    flags = raw.FPDF_ANNOT | raw.FPDF_REVERSE_BYTE_ORDER
+                    # Width and height apart, as the model's resize has them: `PdfPage.render` knows one scale only.
+                    raw.FPDF_RenderPageBitmap(bitmap, page, 0, 0, width, height, 0, flags)
+                    yield {"shape": [height, width, 3], "dtype": "uint8"}, bitmap.buffer
+
+
+def open_pdf(data: bytes, request: dict[str, Any]) -> pypdfium2.PdfDocument:
+    import pypdfium2
+    import pypdfium2.raw as raw
+
+    try:
+        pdf = pypdfium2.PdfDocument(data)
+    except pypdfium2.PdfiumError as error:
+        locked = error.err_code in (raw.FPDF_ERR_PASSWORD, raw.FPDF_ERR_SECURITY)
+        raise Refused("locked" if locked else "unreadable") from None
+    if len(pdf) > request["max_pages"]:
+        raise Refused("pages", pages=len(pdf))
+    pdf.init_forms()
+    return pdf
+
+
+def _page(pdf: pypdfium2.PdfDocument, number: int) -> pypdfium2.PdfPage:
+    """A page with what was filled into its form as a part of it."""
+    page = pdf[number]
+    if pdf.formenv:
+        page.flatten()
+        page.close()
+        page = pdf[number]
+    return page
+
+
+def _annotations(page: pypdfium2.PdfPage) -> int:
+    import pypdfium2.raw as raw
+
+    return int(raw.FPDFPage_GetAnnotCount(page))
+
+
 # ---------------------------------------------------------------------------------------------------- serving
 
-DECODERS = {"image": decode_image, "audio": decode_audio, "video": decode_video}
+DECODERS = {
+    "image": decode_image,
+    "audio": decode_audio,
+    "video": decode_video,
+    "pdf": decode_pdf,
+    "pages": draw_pages,
+}
 
 
 def main() -> None:
@@ -379,6 +456,8 @@ def _import_decoders(kind: str) -> None:
     """Before the fork, once; also what they import late themselves, because the fork can open no files."""
     if kind == "image":
         names = ["copy", *(f"PIL.Image{name}" for name in ("", "Cms", "Color", "File", "Filter", "Palette"))]
+    elif kind in ("pdf", "pages"):
+        names = ["pypdfium2", "encodings.utf_16_le"]
     else:
         names = ["av", "av.subtitles.stream"]
     modules = [importlib.import_module(name) for name in names]

@@ -44,7 +44,7 @@ def read_source(
 ) -> bytes:
     """The bytes behind `source`, at most `limits.max_bytes` of them; MediaError when there are none to be had.
 
-    kind: "image", "audio" or "video", for the error's words.
+    kind: one of `worker.NOUNS`, for the error's words.
     media_root: when given, files outside this folder (links followed) are refused.
     allow_urls: whether http(s) URLs are fetched. They are refused otherwise: a URL from a stranger can name a service
         of the network that this machine stands in. When allowed, still only public addresses are, without redirects.

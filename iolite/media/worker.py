@@ -25,7 +25,15 @@ import numpy as np
 from iolite.errors import MediaError
 from iolite.media.limits import Limits
 
-NOUNS = {"image": "picture", "audio": "sound", "video": "video"}
+NOUNS = {
+    "image": "picture",
+    "audio": "sound",
+    "video": "video",
+    "document": "document",
+    "pdf": "PDF",
+    "pages": "PDF",
+}
+_SAVED_AS = {"image": "PNG", "audio": "WAV", "video": "MP4"}
 _PROGRAM = Path(__file__).with_name("child.py")
 _KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "TEMP")
 _MAX_HEADER = 4096  # bytes of one JSON line
@@ -102,9 +110,9 @@ _idle: list[_Child] = []
 
 
 def decode(
-    kind: str, data: bytes, limits: Limits, *, label: str, room: int, **options: float | None
+    kind: str, data: bytes, limits: Limits, *, label: str, room: int, **options: Any
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Decode `data` as "image", "audio" or "video" in a child; yields (header, array) as they arrive.
+    """Decode `data` as a kind of `child.DECODERS` in a child; yields (header, array) as they arrive.
 
     `label` names the thing in errors ("the picture 'cat.png'"), `room` is the most bytes all arrays may take together,
     `options` go to the decoder beside the limits. Raises MediaError for all that a child can meet or do.
@@ -218,6 +226,15 @@ def media_error(kind: str, label: str, limits: Limits, code: str, values: dict[s
             "for all frames together",
             "ask for fewer frames, or scale the video down first",
         ),
+        "locked": ("is locked by a password", "save it without one"),
+        "pages": (
+            f"has {number('pages'):,.0f} pages; the limit is {limits.max_pages:,}",
+            "give the pages that matter as a PDF of their own",
+        ),
+        "text": (
+            f"has more than {limits.max_text:,} characters",
+            "give the pages that matter as a PDF of their own",
+        ),
         "memory": (
             f"needs more than {limits.max_decode_memory / 2**30:.1f} GiB of memory to decode",
             "scale it down, or save it in another format",
@@ -230,7 +247,7 @@ def media_error(kind: str, label: str, limits: Limits, code: str, values: dict[s
     }
     unreadable = (
         f"cannot be read: it is damaged, cut short, or in no {noun} format that is accepted",
-        f"save it again, as {'PNG' if kind == 'image' else 'WAV' if kind == 'audio' else 'MP4'} for instance",
+        f"save it again, as {_SAVED_AS[kind]} for instance" if kind in _SAVED_AS else "save it again",
     )
     message, hint = messages.get(code, unreadable)
     return MediaError(f"{label} {message}", hint)

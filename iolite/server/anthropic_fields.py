@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from iolite.server.settings import Settings
 
 
 class MessagesRequest(Body):
-    """`POST /v1/messages`. Blocks: text, image, tool_use, tool_result, thinking, document (of text)."""
+    """`POST /v1/messages`. Blocks: text, image, tool_use, tool_result, thinking, document."""
 
     messages: Messages
     max_tokens: Tokens
@@ -153,9 +154,18 @@ def _part(block: Any, where: str) -> dict[str, Any]:
     source = block.get("source") if isinstance(block, Mapping) else None
     if kind in ("image", "audio", "video", "document") and isinstance(source, Mapping):
         data = source.get("data") if source.get("type") in ("base64", "text") else source.get("url")
-        if isinstance(data, str) and kind == "document" and source.get("type") == "text":
-            return {"type": "text", "text": data}
-        if isinstance(data, str) and kind != "document":
+        if isinstance(data, str):
             media_type = source.get("media_type", f"{kind}/*")
-            return {"type": kind, kind: f"data:{media_type};base64,{data}" if source["type"] == "base64" else data}
+            if source.get("type") == "text":
+                data = base64.b64encode(data.encode("utf-8", "replace")).decode()
+            part = {"type": kind, kind: data if source.get("type") == "url" else f"data:{media_type};base64,{data}"}
+            return part | (_document_fields(block) if kind == "document" else {})
     raise MessageError(f"{where} has a block of type {str(kind)[:40]!r} that is not known or not complete")
+
+
+def _document_fields(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What a document is called and how it is to be read."""
+    citations = block.get("citations")
+    if isinstance(citations, Mapping) and citations.get("enabled"):
+        raise UsageError("citations are not available here", "leave them out")
+    return {key: block[key] for key in ("title", "pages", "max_soft_tokens") if block.get(key) is not None}

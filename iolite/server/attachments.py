@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from iolite.documents import Document, decoded, read_document
 from iolite.errors import MediaError
 from iolite.generate.model import Model
 from iolite.media.audio import decode_audio
 from iolite.media.image import decode_image, resized_shape
+from iolite.media.pdf import is_pdf
 from iolite.server.chats import Attached, File
-from iolite.server.pdf import pdf_pages
-
-MOST_TEXT = 1_000_000  # characters of a text
 
 # (where, bytes that are there) -> the type that a browser shows it as. Nothing that a browser would run is in here.
 _TYPES: tuple[tuple[int, bytes, str], ...] = (
@@ -58,12 +57,12 @@ def take(model: Model, data: bytes, announced: str = "") -> Taken:
     if not data:
         raise MediaError("the file is empty")
     type = next((kind for at, mark, kind in _TYPES if data[at : at + len(mark)] == mark), OTHER)
-    if type == "application/pdf":
-        pages = pdf_pages(data)
-        text = "\n\n".join(f"[page {number}]\n{page}" for number, page in enumerate(pages, start=1))
-        return _text(model, data, text, {"pages": len(pages)}, type)
-    if type == OTHER and (decoded := _decoded(data)) is not None:
-        return _text(model, data, decoded, {}, "text/plain")
+    if is_pdf(data) and type in ("application/pdf", OTHER):
+        document = read_document(data, limits=model.builder.limits)
+        return Taken("document", "application/pdf", data, _words(document), _document(model, document))
+    if type == OTHER and decoded(data) is not None:
+        text = read_document(data, limits=model.builder.limits).text or ""
+        return Taken("text", "text/plain", data, text, {"tokens": len(model.tokenizer.encode(text))})
     kind = type.partition("/")[0] if type != OTHER else announced.partition("/")[0]
     if kind == "video" and announced.startswith("audio/"):
         kind, type = "audio", type.replace("video/", "audio/")
@@ -73,20 +72,37 @@ def take(model: Model, data: bytes, announced: str = "") -> Taken:
     return Taken(kind, type, data, None, measure(model, data))
 
 
-def _decoded(data: bytes) -> str | None:
-    """Bytes as text, None when they are none."""
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
+def _words(document: Document) -> str:
+    """What a search finds of a PDF."""
+    return "\n\n".join(page.text for page in document.pages)
 
 
-def _text(model: Model, data: bytes, text: str, info: Mapping[str, Any], type: str) -> Taken:
-    if len(text) > MOST_TEXT:
-        raise MediaError(f"the text has {len(text):,} characters; {MOST_TEXT:,} are allowed")
-    return Taken("text", type, data, text, {**info, "tokens": len(model.tokenizer.encode(text))})
+def _document(model: Model, document: Document) -> dict[str, Any]:
+    """tokens: of its text, with pictures of the pages that have none (so many: `pictures`); None for a PDF that is
+    pictures alone. costs: of all its pages as pictures, for each number of tokens that a page may be given."""
+    limits, vision = model.builder.limits, model.config.vision
+    bare = document.looked_at("auto", vision is not None, limits)
+    costs = {}
+    if vision is not None and len(document.pages) <= limits.max_page_pictures:
+        all_pages = document.looked_at("pictures", True, limits)
+        costs = {str(budget): _reading(model, document, all_pages, budget) for budget in budgets(model)}
+    tokens = None
+    if any(page.text for page in document.pages):
+        tokens = _reading(model, document, bare, model.processor.image_max_soft_tokens)
+    return {"pages": len(document.pages), "pictures": len(bare), "tokens": tokens, "costs": costs}
+
+
+def _reading(model: Model, document: Document, looked_at: list[int], budget: int) -> int:
+    """Tokens of a document of which these pages are looked at."""
+    sizes = dict[int, int]()
+    if looked_at:
+        assert model.config.vision is not None
+        patch = model.config.vision.model_patch_size
+        for number, *drawn in document.sizes(looked_at, budget, patch):
+            height, width = resized_shape(*drawn, max_soft_tokens=budget, patch_size=patch)  # long thin ones grow again
+            sizes[number] = (height // patch) * (width // patch) + 2  # what begins and ends a picture
+    pieces = document.layout("document", looked_at)
+    return sum(sizes[piece] if isinstance(piece, int) else len(model.tokenizer.encode(piece)) for piece in pieces)
 
 
 def _picture(model: Model, data: bytes) -> dict[str, Any]:
@@ -145,13 +161,13 @@ def cost_of(model: Model, part: Mapping[str, Any]) -> int:
 
 def part_of(file: File, attached: Attached) -> dict[str, Any]:
     """A file as a part of a message."""
-    if file.kind == "text":
-        return {"type": "text", "text": f"[{attached.name}]\n{file.text}\n[end of {attached.name}]\n\n"}
-    part: dict[str, Any] = {
-        "type": file.kind,
-        file.kind: f"data:{file.type};base64,{base64.b64encode(file.data).decode()}",
-    }
-    if file.kind == "image" and attached.tokens is not None:
+    kind, data = file.kind, file.data
+    if kind == "text":  # what `decoded` made of the bytes, or an earlier version of a PDF
+        kind, data = "document", (file.text or "").encode()
+    part: dict[str, Any] = {"type": kind, kind: f"data:{file.type};base64,{base64.b64encode(data).decode()}"}
+    if kind == "document":
+        part |= {"name": attached.name, "pages": "auto" if attached.tokens is None else "pictures"}
+    if kind in ("image", "document") and attached.tokens is not None:
         part["max_soft_tokens"] = attached.tokens
     if file.kind == "video":
         part["sound"] = True

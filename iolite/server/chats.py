@@ -46,7 +46,7 @@ CREATE TRIGGER chat_goes AFTER DELETE ON chats BEGIN DELETE FROM words WHERE cha
 
 @dataclass(frozen=True)
 class File:
-    """Something attached. kind: "image", "audio", "video" or "text"; text: of a text or a PDF."""
+    """Something attached. kind: "image", "audio", "video", "text" or "document" (a PDF); text: of the last two."""
 
     id: str  # SHA-256 of its bytes and kind
     kind: str
@@ -58,7 +58,8 @@ class File:
 
 @dataclass(frozen=True)
 class Attached:
-    """A file in its place in a message. tokens: the most that a picture may become, None: the model's own number."""
+    """A file in its place in a message. tokens: the most that a picture may become, None: the model's own
+    number; of a PDF the most that each page may become as a picture, None: its text is read."""
 
     file: str
     name: str

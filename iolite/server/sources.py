@@ -25,7 +25,12 @@ NOWHERE = Path(os.devnull)  # as the media folder: no path leads to something be
 
 def guarded(model: Model, settings: Settings) -> Model:
     """The same model, which reads no media but those that the settings allow."""
-    limits = replace(model.builder.limits, max_frames=MOST_FRAMES, max_bytes=settings.max_upload)
+    limits = replace(
+        model.builder.limits,
+        max_frames=MOST_FRAMES,
+        max_bytes=settings.max_upload,
+        max_page_pictures=settings.max_media,
+    )
     root = settings.media_path or NOWHERE
     return replace(
         model, builder=replace(model.builder, media_root=root, allow_urls=settings.allow_urls, limits=limits)

@@ -55,7 +55,7 @@ def test_absolute_home_and_file_paths(here, monkeypatch):
 
 def test_kinds_come_from_endings(here):
     assert [a.kind for a in pick_paths("a.png talk.wav clip.mp4 b.JPG")[1]] == ["image", "audio", "video", "image"]
-    assert kind_of("x.FLAC") == "audio"
+    assert kind_of("x.FLAC") == "audio" and kind_of("a.PDF") == "document"
     assert kind_of("README") is None
 
 

@@ -7,6 +7,7 @@ import wave
 
 import numpy as np
 import pytest
+from support.pdf import a_pdf
 
 from iolite.cli import run_command
 from iolite.cli.run import split_words
@@ -37,6 +38,20 @@ def test_files_of_flags_and_of_the_prompt_are_sent(says, here, capsys):
     assert [span.kind for span in prompts[0].spans] == ["image", "audio"]
     assert "Be kind." in prompts[0].text
     assert prompts[0].text.index("<|image|>") < prompts[0].text.index("what?") < prompts[0].text.index("<|audio|>")
+
+
+def test_pdfs_and_texts_are_read(says, here, capsys):
+    (here / "report.pdf").write_bytes(a_pdf("first words"))
+    (here / "notes").write_text("some notes")
+    prompts = says("yes")
+    assert run_command(["run", "what? report.pdf", "--file", "notes"]) == 0
+    assert capsys.readouterr().err == "Added document report.pdf\n"
+    read = "[notes]\nsome notes\n[end of notes]\n\n[report.pdf]\n[page 1]\nfirst words\n[end of report.pdf]\n\nwhat?"
+    assert read in prompts[0].text and not prompts[0].spans
+    assert run_command(["run", "what? report.pdf", "--pages", "pictures"]) == 0
+    assert [span.kind for span in prompts[1].spans] == ["image"]
+    assert run_command(["run", "what?", "--file", "notes", "--pages", "pictures"]) == 2
+    assert "is a text, which has no pages" in capsys.readouterr().err
 
 
 def test_stdin_is_the_prompt_a_part_of_it_or_a_file(says, piped, here):

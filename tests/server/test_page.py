@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import httpx
-import pypdf
 import pytest
-from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+from PIL import Image
+from support.pdf import a_pdf, a_scan, locked
 from support.serving import DEMO, KEY, asking, serving, wait_for
 
 from iolite.server.chats import Chats
@@ -44,22 +43,6 @@ def new(http, **settings):
     return http.post("/page/chats", json={"settings": settings}).json()["id"]
 
 
-def a_pdf(text: str) -> bytes:
-    writer = pypdf.PdfWriter()
-    for line in text.split("\f"):
-        page = writer.add_blank_page(300, 300)
-        named = {"/Type": "/Font", "/Subtype": "/Type1", "/BaseFont": "/Helvetica"}
-        font = DictionaryObject({NameObject(name): NameObject(value) for name, value in named.items()})
-        fonts = DictionaryObject({NameObject("/F1"): writer._add_object(font)})
-        page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
-        stream = DecodedStreamObject()
-        stream.set_data(f"BT /F1 12 Tf 20 200 Td ({line}) Tj ET".encode())
-        page[NameObject("/Contents")] = writer._add_object(stream)
-    file = io.BytesIO()
-    writer.write(file)
-    return file.getvalue()
-
-
 def test_costs_before_anything_is_sent(http):
     picture = attached(http, "number.png")
     assert picture["kind"] == "image" and picture["info"] == {"width": 400, "height": 200, "costs": {"1": 1, "3": 2}}
@@ -78,17 +61,53 @@ def test_costs_before_anything_is_sent(http):
     )
 
 
-def test_text_of_pdfs(http):
-    found = attach(http, a_pdf("first page\fsecond page")).json()
-    assert found["kind"] == "text" and found["info"]["pages"] == 2
+def paid(http, sent):
+    """Tokens of a message with this file, beside those of its words."""
+    plain = ask(http, new(http, max_tokens=1), text="hm")[0]["prompt_tokens"]
+    return ask(http, new(http, max_tokens=1), text="hm", files=[sent])[0]["prompt_tokens"] - plain
+
+
+def test_pdfs_are_read_or_looked_at(http):
+    found = attach(http, a_pdf("first page", "second page", "third page", size=(900, 300))).json()
     kept = http.get(f"/page/files/{found['file']}")
     assert kept.headers["content-disposition"] == "attachment"
     assert kept.headers["content-type"] == "application/octet-stream"
+    info = found["info"]
+    assert found["kind"] == "document" and info["pages"] == 3 and info["pictures"] == 0
+    assert set(info["costs"]) == {"1", "3"} and info["costs"]["1"] < info["costs"]["3"]
+    sent = {"file": found["file"], "name": "document"}
+    # What is told is what is paid, but for the line that parts a document from a question.
+    assert 0 <= paid(http, sent) - info["tokens"] <= 2
+    for budget, cost in info["costs"].items():
+        assert 0 <= paid(http, sent | {"tokens": int(budget)}) - cost <= 2
+    chat = new(http, max_tokens=1)
+    begin = ask(http, chat, text="hm", files=[sent | {"tokens": 1}])[0]
+    assert begin["asked"][0]["files"][0]["tokens"] == 1, "how it is read is kept"
+    assert http.get("/page/chats", params={"q": "hm"}).json()
+
+
+def test_pages_without_text_are_looked_at(http):
+    red = Image.new("RGB", (300, 100), "red")
+    scan = attach(http, a_scan(red, red)).json()
+    assert scan["kind"] == "document" and scan["info"]["tokens"] is None and scan["info"]["pictures"] == 2
+    sent = {"file": scan["file"], "name": "document"}
+    assert (
+        paid(http, sent)
+        == paid(http, sent | {"tokens": 3})
+        >= scan["info"]["costs"]["3"]
+        > paid(http, sent | {"tokens": 1})
+    )
+    long = attach(http, a_scan(*[Image.new("1", (8, 8))] * 65))
+    assert (
+        long.status_code == 400 and "65 pages without text; 64 pages may be pictures" in long.json()["error"]["message"]
+    )
+    book = attach(http, a_pdf(*["words"] * 65)).json()["info"]
+    assert book["pages"] == 65 and book["tokens"] and book["costs"] == {}
 
 
 BAD = {
     "nothing": b"", "no known form": b"\x00\x01\x02" * 50, "a broken picture": b"\x89PNG\r\n\x1a\n" + b"\0" * 50,
-    "a broken PDF": b"%PDF-1.7\n" + b"x" * 200, "a PDF of pictures": a_pdf(""),
+    "a broken PDF": b"%PDF-1.7\n" + b"x" * 200, "an empty PDF": a_pdf(""), "a locked PDF": locked(),
     "broken sound": b"RIFF\0\0\0\0WAVE" + b"\1" * 99,
 }  # fmt: skip
 
@@ -98,7 +117,7 @@ def test_files_that_cannot_be_used(http, name):
     found = attach(http, BAD[name])
     assert found.status_code == 400
     message = found.json()["error"]["message"]
-    assert message and "Traceback" not in message and "pypdf" not in message and "0x" not in message
+    assert message and "Traceback" not in message and "pdfium" not in message.lower() and "0x" not in message
 
 
 def test_files_are_shown_but_never_run(http):

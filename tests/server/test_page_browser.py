@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
+from support.pdf import a_pdf, a_scan
 from support.programs import need_program
 from support.serving import DEMO, KEY, serving, wait_for
 
@@ -109,6 +111,31 @@ def test_a_picture_is_sent_and_found_again(server, open_page):
     page.fill("#search", "numb")
     page.locator("#chats button", has_text="What number is this?").first.click()
     expect(answer(page).locator(".prose")).to_have_text("47")
+
+
+def test_a_pdf_is_read_or_looked_at(server, open_page):
+    page = open_page(server)
+    red = Image.new("RGB", (300, 100), "red")
+    for name, data in (("a.pdf", a_pdf("some words", "more words", size=(300, 100))), ("scan.pdf", a_scan(red, red))):
+        page.set_input_files("#picker", {"name": name, "mimeType": "application/pdf", "buffer": data})
+        expect(page.get_by_label(f"How {name} is read")).to_be_visible()
+    choice, scan = page.get_by_label("How a.pdf is read"), page.get_by_label("How scan.pdf is read")
+    expect(choice.locator("option:checked")).to_have_text(re.compile(r"^Text · \d+ tokens$"))
+    expect(scan.locator("option:checked")).to_have_text(re.compile(r"^Pages as pictures · 2 × \d+ tokens$"))
+    expect(scan.locator("option")).to_have_count(2)
+    before = page.inner_text("#cost")
+    choice.select_option("3")
+    expect(choice.locator("option:checked")).to_have_text(re.compile(r"^Pages as pictures · 2 × \d+ tokens$"))
+    expect(page.locator("#cost")).not_to_have_text(before)
+    ask(page, "What is this?")
+    expect(page.locator(".turn.user .doc")).to_have_text(["a.pdf", "scan.pdf"])
+    page.reload()
+    complete(page)
+    page.locator(".turn.user").hover()
+    page.get_by_label("Edit").click()
+    expect(page.get_by_label("How a.pdf is read")).to_have_value("3")
+    page.get_by_label("How a.pdf is read").select_option("")
+    expect(page.locator("#cost")).to_have_text(before)
 
 
 def test_pasted_and_dropped(server, open_page):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+
 import anthropic
 import pytest
+from PIL import Image
+from support.pdf import a_pdf, a_scan, locked
 from support.serving import KEY, base64_of
 
 WEATHER = {
@@ -125,6 +129,16 @@ def test_what_cannot_be_honoured_is_refused(client, more, about):
         [{"type": "image", "source": {"type": "url", "url": "file:///etc/passwd"}}],
         [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}],
         [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}}],
+        [{"type": "document", "source": {"type": "url", "url": "http://127.0.0.1/x.pdf"}}],
+        [{"type": "document", "source": {"type": "file", "file_id": "file-1"}}],
+        [{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "x"}, "pages": "all"}],
+        [
+            {
+                "type": "document",
+                "source": {"type": "text", "media_type": "text/plain", "data": "x"},
+                "citations": {"enabled": True},
+            }
+        ],
         [{"type": "image"}],
         ["x"],
         None,
@@ -138,6 +152,40 @@ def test_bad_content(client, content):
 def test_a_text_document(client):
     document = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "who are you?"}}
     assert ask(client, [{"role": "user", "content": [document]}]).content[0].text
+
+
+def pdf(data: bytes, **more) -> dict:
+    source = {"type": "base64", "media_type": "application/pdf", "data": base64.b64encode(data).decode()}
+    return {"type": "document", "source": source, **more}
+
+
+def count(client, *content) -> int:
+    return client.messages.count_tokens(model="c", messages=[{"role": "user", "content": [*content]}]).input_tokens
+
+
+def test_a_pdf(client):
+    question = {"type": "text", "text": "who are you?"}
+    document = pdf(a_pdf("page one", "page two"), title="a.pdf", cache_control={"type": "ephemeral"})
+    asked = [{"role": "user", "content": [document, question]}]
+    message = ask(client, asked)
+    assert message.content[0].text
+    read = "[a.pdf]\n[page 1]\npage one\n\n[page 2]\npage two\n[end of a.pdf]\n\nwho are you?"
+    assert count(client, document, question) == count(client, {"type": "text", "text": read})
+    looked_at = count(client, document | {"pages": "pictures"}, question)
+    labels = "[a.pdf]\n[page 1][page 2][end of a.pdf]\n\nwho are you?"
+    patches = 2 * (2 + 1)  # a square is one of nano's patches, between a begin and an end
+    assert 0 <= looked_at - count(client, {"type": "text", "text": labels}) - patches <= 2
+    assert count(client, document | {"citations": {"enabled": False}}, question) == count(client, document, question)
+
+
+def test_a_scan_is_looked_at(client):
+    scan = pdf(a_scan(Image.new("RGB", (90, 90), "red")), title="a.pdf")
+    looked_at = count(client, scan)
+    assert looked_at == count(client, scan | {"pages": "pictures"})
+    for document, told in ((scan | {"pages": "text"}, "holds no text"), (pdf(locked()), "locked by a password")):
+        with pytest.raises(anthropic.BadRequestError, match=told) as caught:
+            count(client, document)
+        assert "pdfium" not in str(caught.value).lower()
 
 
 def test_the_wrong_key(server):

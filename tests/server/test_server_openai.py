@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from types import SimpleNamespace
 
 import openai
 import pytest
+from PIL import Image
+from support.pdf import a_pdf, a_scan
 from support.serving import KEY, base64_of, data_uri
 
 from iolite.generate.reply import Alternative, TokenLogprobs
@@ -71,6 +74,49 @@ def test_pictures_and_sound(client, messages, answer):
     assert reply.model == "nano"
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
     assert reply.timings["predicted_n"] == reply.usage.completion_tokens
+
+
+def pdf(data: bytes, **more) -> dict:
+    uri = "data:application/pdf;base64," + base64.b64encode(data).decode()
+    return {"type": "file", "file": {"file_data": uri, "filename": "a.pdf", **more}}
+
+
+def prompt_tokens(client, *parts, **more) -> int:
+    return ask(client, user(*parts), max_tokens=1, **more).usage.prompt_tokens
+
+
+def test_documents(client):
+    plain, labels = prompt_tokens(client, text("hm")), "[a.pdf]\n[page 1]\n[end of a.pdf]\n\nhm"
+    read = prompt_tokens(client, text("[a.pdf]\n[page 1]\nwords\n[end of a.pdf]\n\nhm"))
+    words = pdf(a_pdf("words"))
+    assert prompt_tokens(client, words, text("hm")) == read > plain
+    raw = {"type": "file", "file": {**words["file"], "file_data": words["file"]["file_data"].partition(",")[2]}}
+    assert prompt_tokens(client, raw, text("hm")) == read, "base64 alone"
+    square = 3  # one of nano's patches between a begin and an end
+    for document in (pdf(a_pdf("words"), pages="pictures"), pdf(a_scan(Image.new("RGB", (90, 90), "red")))):
+        assert abs(prompt_tokens(client, document, text("hm")) - prompt_tokens(client, text(labels)) - square) <= 2
+    wide = pdf(a_scan(Image.new("RGB", (90, 30), "red")))
+    assert prompt_tokens(client, wide) - prompt_tokens(client, wide, extra_body={"image_tokens": 1}) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ({"file_data": "https://example.org/a.pdf"}, "fetches no URLs"),
+        ({"file_data": "file:///etc/passwd"}, "opens no files"),
+        ({"file_data": "/etc/passwd"}, "document"),
+        ({"file_id": "file-1"}, "no files are kept"),
+        ({"filename": "a.pdf"}, "no source"),
+        ({"file_data": data_uri("number.png")}, "neither a PDF nor a text"),
+        ({"file_data": "data:application/pdf;base64,JVBERi0xLjcK"}, "the PDF cannot be read"),
+        ({**pdf(a_pdf("x"))["file"], "pages": "some"}, "pages must be one of auto, text, pictures"),
+    ],
+)
+def test_documents_that_are_refused(client, file, told):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, user({"type": "file", "file": file}, text("hm")))
+    assert told in caught.value.body["message"]
+    assert "pdfium" not in str(caught.value).lower()
 
 
 def test_streams_say_the_same(client):
@@ -282,7 +328,8 @@ def test_harmless_fields_are_named(http):
     [
         ([], "messages"),
         ([{"role": "wizard", "content": "x"}], "role"),
-        (user({"type": "file", "file": {}}), "type"),
+        (user({"type": "thing", "thing": {}}), "type"),
+        (user({"type": "file", "file": {}}), "source"),
         (user({"type": "image_url", "image_url": {"url": ""}}), "data: URI"),
         (user({"type": "image_url", "image_url": {}}), "source"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "picture"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import openai
 import pytest
+from support.pdf import a_pdf
 from support.serving import KEY, data_uri
 
 WEATHER = {
@@ -49,6 +51,27 @@ def test_a_picture(client):
         "response.content_part.added",
     ]
     assert kinds[-1] == "response.completed"
+
+
+def test_a_file(client):
+    uri = "data:application/pdf;base64," + base64.b64encode(a_pdf("words")).decode()
+    question = {"type": "input_text", "text": "hm"}
+
+    def tokens(part) -> int:
+        asked = [{"role": "user", "content": [part, question]}]
+        return client.responses.create(model="x", input=asked, max_output_tokens=1).usage.input_tokens
+
+    file = {"type": "input_file", "file_data": uri, "filename": "a.pdf"}
+    read = "[a.pdf]\n[page 1]\nwords\n[end of a.pdf]\n\n"
+    with_text = client.responses.create(model="x", input=f"{read}hm", max_output_tokens=1)
+    assert tokens(file) == with_text.usage.input_tokens
+    assert tokens(file | {"pages": "pictures"}) != tokens(file)
+    for bad in (
+        {"type": "input_file", "file_url": "https://example.org/a.pdf"},
+        {"type": "input_file", "file_id": "f"},
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"fetches no URLs|no files are kept"):
+            tokens(bad)
 
 
 def test_what_is_cut_says_so(client):

@@ -98,7 +98,7 @@ function showMeter() {
 
 function send({ text, files }) {
   const parent = page.parent === undefined ? page.tree.head : page.parent;
-  const sent = files.map((file) => ({ file: file.file, name: file.name, tokens: file.kind === "image" ? file.tokens : null }));
+  const sent = files.map((file) => ({ file: file.file, name: file.name, tokens: file.tokens ?? null }));
   run({ parent, text, files: sent }, () => { composer.set(""); leaveEditing(); });
 }
 

@@ -89,7 +89,8 @@ export class Composer {
       this.changed();
       try {
         Object.assign(entry, await upload(file, entry.stop.signal), { state: "here" });
-        if (entry.kind === "image") entry.tokens = this.about.budget;
+        const looked = entry.kind === "image" || (entry.kind === "document" && entry.info.tokens === null);
+        entry.tokens = looked ? this.about.budget : null;
         say(`${entry.name} attached, ${number(price(entry))} tokens`);
       } catch (error) {
         Object.assign(entry, { state: "bad", why: error.message });
@@ -152,21 +153,41 @@ export class Composer {
     return el("li", { class: file.state }, picture, el("span", {}, el("span", { class: "name", title: file.name }, file.name), el("span", { class: "price" }, below)), drop);
   }
 
-  /** What a file costs; of a picture, a choice of how much of it the model sees. */
+  /** What a file costs; of a picture and a PDF, a choice of how much the model sees. */
   details(file) {
     if (file.kind === "image") {
-      const choose = (event) => { file.tokens = Number(event.target.value); this.changed(); };
-      const options = Object.entries(file.info.costs).map(([budget, tokens]) =>
-        el("option", { value: budget, selected: Number(budget) === file.tokens }, `Detail: ${number(tokens)} token${tokens === 1 ? "" : "s"}`));
-      return el("select", { "aria-label": `Detail of ${file.name}`, onchange: choose }, ...options);
+      return this.choice(file, `Detail of ${file.name}`, Object.entries(file.info.costs).map(([budget, tokens]) =>
+        [budget, `Detail: ${number(tokens)} token${tokens === 1 ? "" : "s"}`]));
+    }
+    if (file.kind === "document") {
+      const { pages, pictures, costs } = file.info;
+      const seen = pictures ? `, ${number(pictures)} page${pictures === 1 ? "" : "s"} as picture${pictures === 1 ? "" : "s"}` : "";
+      const text = file.info.tokens === null ? [] : [["", `Text${seen} · ${number(file.info.tokens)} tokens`]];
+      return this.choice(file, `How ${file.name} is read`, [...text, ...Object.entries(costs).map(([budget, tokens]) =>
+        [budget, `Pages as pictures · ${number(pages)} × ${number(Math.round(tokens / pages))} tokens`])]);
     }
     const tokens = `${number(file.info.tokens)} tokens`;
     if (file.kind === "audio") {
       const long = file.info.seconds > file.info.longest ? `; more than the ${seconds(file.info.longest)} that the model was made for` : "";
       return `${seconds(file.info.seconds)} · ${tokens}${long}`;
     }
+    // A PDF of a chat that an earlier version kept.
     return file.info.pages ? `${number(file.info.pages)} page${file.info.pages === 1 ? "" : "s"} · ${tokens}` : tokens;
+  }
+
+  /** options: [tokens that it may become, "" for none, and words] */
+  choice(file, label, options) {
+    const choose = (event) => {
+      file.tokens = event.target.value ? Number(event.target.value) : null;
+      this.changed();
+      [...$("files").querySelectorAll("select")].find((select) => select.ariaLabel === label)?.focus();  // it was made anew
+    };
+    return el("select", { "aria-label": label, onchange: choose }, ...options.map(([value, words]) =>
+      el("option", { value, selected: value === String(file.tokens ?? "") }, words)));
   }
 }
 
-const price = (file) => (file.kind === "image" ? file.info.costs[file.tokens] ?? Math.max(...Object.values(file.info.costs)) : file.info.tokens);
+const price = (file) => {
+  const { costs, tokens } = file.info;
+  return file.kind === "image" || file.tokens ? costs[file.tokens] ?? Math.max(...Object.values(costs)) : tokens;
+};
