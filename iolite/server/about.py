@@ -75,7 +75,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """`POST /detokenize`: ids -> text, special tokens spelled out."""
 
-    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(max_length=1_000_000)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(max_length=1_000_000, fail_fast=True)]
 
 
 @router.post("/tokenize", summary="Text to token ids")

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from iolite.engine.engine import Engine
 from iolite.engine.listening import Listening
 from iolite.engine.running import Running
-from iolite.errors import BusyError
+from iolite.errors import BusyError, MessageError
 from iolite.generate.grammar import Constraint
 from iolite.generate.model import Model
 from iolite.generate.reply import Reply, ToolCall
@@ -124,11 +124,7 @@ class Answers:
 
     async def _begun(self, places: int, begin: Callable[[], B]) -> B:
         """What begin() makes on one of the threads that make prompts, in that many places of its own."""
-        if self.stopping:
-            raise StoppingError("the server is about to stop")
-        if self._places + places > self._most:
-            raise BusyError(f"all {self._most} places are taken", "ask again a little later", retry_after=5.0)
-        self._places += places
+        self.enter(places)
         begun = asyncio.get_running_loop().run_in_executor(self._preparing, begin)
         try:
             return await asyncio.shield(begun)
@@ -144,6 +140,14 @@ class Answers:
     async def prepared(self, work: Callable[[], T]) -> T:
         """Does some work on one of the threads that make prompts."""
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+    def enter(self, places: int) -> None:
+        """Takes places, which are to be left; BusyError where there are not as many."""
+        if self.stopping:
+            raise StoppingError("the server is about to stop")
+        if self._places + places > self._most:
+            raise BusyError(f"all {self._most} places are taken", "ask again a little later", retry_after=5.0)
+        self._places += places
 
     def leave(self, places: int, answer: Answer | None = None) -> None:
         if answer:
@@ -172,7 +176,10 @@ class Answers:
         if ask.text is not None:
             bos = self.model.tokenizer.id_to_token(self.model.config.text.bos_token_id) or ""
             text = ask.text if ask.text.startswith(bos) else bos + ask.text
-            return Prompt(self.model.tokenizer.encode(text), text)
+            ids, config = self.model.tokenizer.encode(text), self.model.config
+            if {config.image_token_id, config.audio_token_id, config.video_token_id} & set(ids):
+                raise MessageError("the text holds a placeholder of media", "media come with messages")
+            return Prompt(ids, text)
         check_sources(ask.messages, self.settings)
         return self.model.prompt(ask.messages, ask.tools, ask.thinking, ask.preserve_thinking, ask.image_tokens)
 

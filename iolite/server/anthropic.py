@@ -49,7 +49,8 @@ async def count_tokens(request: Request, body: CountRequest) -> Response:
     service = service_of(request)
     ask = body.ask(service.settings)
     prompt = await service.answers.prompt(ask)
-    return json_response({"input_tokens": len(prompt.ids)}, headers=headers_for(ignored(body, _CHANGING)))
+    names = ignored(body, _CHANGING, common={})  # how answers are drawn changes no count
+    return json_response({"input_tokens": len(prompt.ids)}, headers=headers_for(names))
 
 
 def _message(service: Service, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from iolite.server.answers import Answers, ClientGone
 from iolite.server.bodies import Bodies
 from iolite.server.chats import Chats
 from iolite.server.errors import Faults, handle
+from iolite.server.heads import Heads
 from iolite.server.metrics import Counting, Meters
 from iolite.server.security import Guard
 from iolite.server.service import Service
@@ -75,6 +76,7 @@ def make_app(model: Model, settings: Settings, name: str | None = None, port: in
         docs_url=None,  # its page would load scripts from elsewhere; ours is plain HTML
         redoc_url=None,
         middleware=[
+            Middleware(Heads),
             Middleware(Counting, meters=meters),
             Middleware(Guard, settings=settings, port=port or settings.port),
             *_cors(settings),

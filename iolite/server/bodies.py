@@ -15,6 +15,7 @@ from iolite.errors import BusyError
 from iolite.server.errors import problem_of, response_of
 from iolite.server.settings import Settings
 
+UPLOADS = frozenset({"/v1/audio/transcriptions", "/page/files"})  # the routes that take forms
 MOST_VALUES = 1_000_000  # lists, objects and commas of a JSON body, those in its texts too; 262,144 tokens have fewer
 PATIENCE = 60.0  # seconds that a client may be silent within its body
 MOST_LARGEST = 8  # bodies of the largest size that may be here at once, or as much in smaller ones
@@ -32,7 +33,7 @@ class Bodies:
             await self.app(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
-        multipart = headers.get("content-type", "").lower().startswith("multipart/")
+        multipart = scope["path"] in UPLOADS and headers.get("content-type", "").lower().startswith("multipart/")
         counted = self._counted(receive, self.settings.max_upload if multipart else self.settings.max_body)
         if multipart:  # goes to a file as it comes
             await self.app(scope, counted, send)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,17 +24,18 @@ from iolite.generate.loop import check_fits
 from iolite.generate.model import Model
 from iolite.model.prefill import prefill
 from iolite.prompt import Prompt
+from iolite.server.answers import until_gone
 from iolite.server.fields import Body, headers_for, ignored
-from iolite.server.service import service_of
+from iolite.server.service import Service, service_of
 from iolite.server.wire import json_response
 
 router = APIRouter(tags=["OpenAI"])
 NOTE = "means of final hidden states; the model was not trained to embed"
 MOST_TEXTS = 256
-_one_at_a_time = threading.Lock()  # each takes a cache of its own
+_one_at_a_time = ThreadPoolExecutor(1, "embedding")  # each takes a cache of its own
 
 Text = Annotated[str, Field(max_length=4_000_000)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000, fail_fast=True)]
 
 
 Texts = Annotated[list[Text], Field(max_length=MOST_TEXTS)]
@@ -58,17 +59,34 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     if body.dimensions not in (None, model.config.text.hidden_size):
         raise UsageError(f"the vectors have {model.config.text.hidden_size} dimensions", "leave dimensions out")
     texts = _texts(body.input)
-    prompts = await service.answers.prepared(lambda: [_prompt(model, text) for text in texts])
-    data: list[dict[str, Any]] = []
-    for index, prompt in enumerate(prompts):
-        vector = await asyncio.to_thread(embed, model, prompt)
-        shown = base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
-        data.append({"object": "embedding", "index": index, "embedding": shown})
-    count = sum(len(prompt.ids) for prompt in prompts)
+    service.answers.enter(1)
+    try:
+        data, count = await _embedded(request, service, texts, body.encoding_format == "base64")
+    finally:
+        service.answers.leave(1)
     usage = {"prompt_tokens": count, "total_tokens": count}
     return json_response(
         {"object": "list", "data": data, "model": service.name, "usage": usage, "note": NOTE}, headers=headers
     )
+
+
+async def _embedded(
+    request: Request, service: Service, texts: list[Any], packed: bool
+) -> tuple[list[dict[str, Any]], int]:
+    """The vectors as they are shown, and how many tokens they are of. Ends with the text that is being read when the
+    client goes away."""
+    prompts = await service.answers.prepared(lambda: [_prompt(service.model, text) for text in texts])
+    data: list[dict[str, Any]] = []
+
+    async def embed_all() -> None:
+        loop = asyncio.get_running_loop()
+        for index, prompt in enumerate(prompts):
+            vector = await loop.run_in_executor(_one_at_a_time, embed, service.model, prompt)
+            shown = base64.b64encode(vector.tobytes()).decode() if packed else vector.tolist()
+            data.append({"object": "embedding", "index": index, "embedding": shown})
+
+    await until_gone(request, embed_all())
+    return data, sum(len(prompt.ids) for prompt in prompts)
 
 
 def _texts(given: Any) -> list[Any]:
@@ -94,12 +112,11 @@ def _prompt(model: Model, text: str | list[int]) -> Prompt:
 @torch.inference_mode()
 def embed(model: Model, prompt: Prompt) -> np.ndarray:
     """Float32 [M] of length 1: the mean over the prompt's tokens but the first, which begins every text."""
-    with _one_at_a_time:
-        cache = KVCache(model.config.text, len(prompt.ids), model.kv_dtype)
-        total = torch.zeros(model.config.text.hidden_size)
-        first = True
-        for hidden in prefill(model.network, prompt, cache, chunk_size=model.chunk):
-            total += hidden[int(first) :].float().sum(0).cpu()
-            first = False
+    cache = KVCache(model.config.text, len(prompt.ids), model.kv_dtype)
+    total = torch.zeros(model.config.text.hidden_size)
+    first = True
+    for hidden in prefill(model.network, prompt, cache, chunk_size=model.chunk):
+        total += hidden[int(first) :].float().sum(0).cpu()
+        first = False
     vector: np.ndarray = (total / total.norm().clamp_min(1e-12)).numpy()
     return vector

@@ -6,7 +6,9 @@ stderr all.
 
 from __future__ import annotations
 
+import re
 import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ _ANTHROPIC = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_FIELD = re.compile(r"(?!(?:str|bool|int|float)$)[A-Za-z_]\w*")
 _OPENAI = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -39,10 +42,15 @@ class Problem:
     message: str
     code: str | None = None
     retry_after: float | None = None  # seconds
+    headers: Mapping[str, str] | None = None
 
 
 class StoppingError(IoliteError):
     """The server is about to stop, and takes or finishes nothing more."""
+
+
+class UnknownError(IoliteError):
+    """What is asked for by an id is not here."""
 
 
 def problem_of(error: BaseException) -> Problem:
@@ -53,13 +61,15 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(429, message, "rate_limit_exceeded", error.retry_after)
         if isinstance(error, StoppingError):
             return Problem(503, message, "unavailable", 5.0)
+        if isinstance(error, UnknownError):
+            return Problem(404, message, "not_found")
         if isinstance(error, ContextError):
             return Problem(400, message, "context_length_exceeded")
         if isinstance(error, MessageError | UsageError | MediaError):
             return Problem(400, message, "invalid_value")
         return Problem(500, message, "model_error")
     if isinstance(error, HTTPException):
-        return Problem(error.status_code, str(error.detail))
+        return Problem(error.status_code, str(error.detail), headers=error.headers)  # what is allowed, of a 405
     if isinstance(error, RequestValidationError):
         return Problem(400, _first(error), "invalid_value")
     if isinstance(error, RecursionError):
@@ -70,9 +80,24 @@ def problem_of(error: BaseException) -> Problem:
 
 def _first(error: RequestValidationError) -> str:
     """The first complaint about a request, without the value that it is about."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+    return complaint(error.errors())
+
+
+def complaint(errors: Sequence[Any]) -> str:
+    """The first of pydantic's errors. Where a field may be of several types, one about the value is worth more than
+    that it is not of the first type."""
+    first = errors[0]
+    field = _field(first)[:1]
+    told = [e for e in errors if _field(e)[:1] == field and not e["type"].endswith(("_type", "_parsing"))]
+    told = told or [first]
+    where = ".".join(map(str, _field(told[0])))[:200]
+    return f"{where}: {told[0]['msg']}" if where else str(told[0]["msg"])
+
+
+def _field(error: Any) -> list[str | int]:
+    """Where in a request it is, without the names that pydantic has for the types of a choice."""
+    first, *rest = [part for part in error["loc"] if part != "body"] or [""]
+    return [first, *(part for part in rest if isinstance(part, int) or _FIELD.fullmatch(part))] if first != "" else []
 
 
 def body_of(path: str, problem: Problem) -> dict[str, Any]:
@@ -88,7 +113,7 @@ def body_of(path: str, problem: Problem) -> dict[str, Any]:
 
 def response_of(path: str, problem: Problem) -> Response:
     """The answer that tells of a problem."""
-    headers = {}
+    headers = dict(problem.headers or {})
     if problem.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(problem.retry_after)))
     if problem.status == 401:

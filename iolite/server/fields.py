@@ -33,32 +33,108 @@ Message = dict[str, Any]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000)]
 Tools = Annotated[list[dict[str, Any]], Field(max_length=512)]
 
-# Field -> the values with which it changes nothing.
+MOST_UNKNOWN = 64  # fields of a request; each is compared with all that there are
+
+# Field -> the values with which it changes nothing. Fields of one interface are unknown ones of the others.
 CHANGING: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_context_size": (None,),
-    "best_of": (None, 1),
+    # what is read
+    "messages": (None, []),
+    "prompt": (None, ""),
+    "input": (None, ""),
+    "system": (None, ""),
+    "instructions": (None, ""),
+    "images": (None, []),
+    "image": (None,),
+    "audio": (None,),
+    "audios": (None, []),
+    "videos": (None, []),
+    "files": (None, []),
+    "documents": (None, []),
+    "context": (None, []),
     "echo": (None, False),
     "suffix": (None, ""),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
+    "raw": (None, False),
+    "template": (None, ""),
+    "chat_template": (None, ""),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
+    "truncate_prompt_tokens": (None, -1),
+    "image_tokens": (None,),
+    "max_soft_tokens": (None,),
+    # thoughts
+    "think": (None, False),
+    "thinking": (None, False, {"type": "disabled"}),
+    "enable_thinking": (None, False),
+    "reasoning": (None, {}),
+    "reasoning_effort": (None, "none"),
+    "reasoning_format": (None, "auto", "deepseek"),
+    "thinking_budget": (None, -1),
+    "reasoning_budget": (None, -1),
+    # tools and forms
+    "tools": (None, []),
+    "tool_choice": (None, "auto", "none"),
+    "parallel_tool_calls": (None, True),
     "functions": (None, []),
-    "function_call": (None, "none"),
+    "function_call": (None, "none", "auto"),
     "web_search_options": (None,),
-    "verbosity": (None, "medium"),
+    "response_format": (None, {"type": "text"}),
+    "format": (None, ""),
+    "json_schema": (None,),
+    "grammar": (None, ""),
+    "regex": (None, ""),
     "guided_json": (None,),
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "structured_outputs": (None,),
-    "min_tokens": (None, 0),
-    "ignore_eos": (None, False),
+    "modalities": (None, ["text"]),
+    "verbosity": (None, "medium"),
+    # how tokens are drawn, and how many
+    "options": (None, {}),
+    "temperature": (None,),
+    "top_p": (None, 1),
+    "top_k": (None,),
+    "min_p": (None, 0),
+    "top_a": (None, 0),
+    "top_n_sigma": (None, -1),
     "typical_p": (None, 1),
     "tfs_z": (None, 1),
     "mirostat": (None, 0),
     "dry_multiplier": (None, 0),
     "xtc_probability": (None, 0),
+    "dynatemp_range": (None, 0),
+    "samplers": (None, []),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "repeat_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "repetition_context_size": (None,),
+    "seed": (None,),
+    "logit_bias": (None, {}),
+    "logits_processors": (None, []),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None, []),
+    "use_beam_search": (None, False),
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "stop": (None, []),
+    "stop_sequences": (None, []),
+    "stop_token_ids": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "skip_special_tokens": (None, True),
+    "ignore_eos": (None, False),
+    "min_tokens": (None, 0),
+    "max_tokens": (None,),
+    "max_completion_tokens": (None,),
+    "max_output_tokens": (None,),
+    "max_new_tokens": (None,),
+    "n_predict": (None, -1),
+    "num_predict": (None, -1),
+    "logprobs": (None, False, 0),
+    "top_logprobs": (None, 0),
+    "n_probs": (None, 0),
+    "prompt_logprobs": (None,),
     "lora": (None, []),
     "adapter": (None,),
 }
@@ -70,10 +146,17 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
-def ignored(body: Body, changing: Mapping[str, tuple[Any, ...]] = CHANGING) -> list[str]:
-    """The names of unknown fields, which change nothing; UsageError for one that would, or is misspelt."""
-    names = []
-    for name, value in (body.model_extra or {}).items():
+def ignored(
+    body: Body, own: Mapping[str, tuple[Any, ...]] | None = None, common: Mapping[str, tuple[Any, ...]] = CHANGING
+) -> list[str]:
+    """The names of unknown fields, which change nothing; UsageError for one that would, or is misspelt.
+
+    own: fields like those of `CHANGING` that the interface has besides.
+    """
+    names, unknown, changing = [], body.model_extra or {}, {**common, **(own or {})}
+    if len(unknown) > MOST_UNKNOWN:
+        raise UsageError(f"the request has {len(unknown)} fields that are not known here", "leave them out")
+    for name, value in unknown.items():
         shown = name if _PLAIN.fullmatch(name) else "a field"
         if name in changing:
             if not any(_same(value, neutral) for neutral in changing[name]):

@@ -12,6 +12,7 @@ from iolite.errors import UsageError
 from iolite.generate.reply import Reply, ToolCall
 from iolite.media.speech_end import FAINTEST, SILENCE
 from iolite.server.answers import Item
+from iolite.server.errors import complaint
 from iolite.server.fields import Message
 from iolite.server.openai import timings
 from iolite.server.openai_fields import ChatRequest
@@ -53,8 +54,7 @@ def checked(kind: type[M], message: dict[str, Any]) -> M:
     try:
         return kind.model_validate(message)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}") from None
+        raise UsageError(complaint(error.errors())) from None
 
 
 def samples_of(data: bytes) -> np.ndarray:

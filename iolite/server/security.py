@@ -64,7 +64,9 @@ class Guard:
             await self.app(scope, receive, self._with_headers(send))
 
     def stranger(self, headers: Headers) -> Problem | None:
-        """What is wrong with the name by which the server was called, or with the page that calls it."""
+        """What is wrong with the headers: with the name by which the server was called, or the page that calls it."""
+        if "transfer-encoding" in headers and "content-length" in headers:
+            return Problem(400, "two headers tell how long the request is")  # a proxy may believe the other one
         named = headers.getlist("host")
         match = _HOST.fullmatch(named[0].lower()) if len(named) == 1 else None
         if not match or not self.is_own_name(match[1]):
@@ -111,7 +113,10 @@ class Guard:
         """The key in a link, as `?token=KEY`; only for pages that are gone to, so no key lies in addresses for long."""
         if scope.get("method") != "GET":
             return ""
-        query = urllib.parse.parse_qs(scope.get("query_string", b"").decode("latin-1"), max_num_fields=64)
+        try:
+            query = urllib.parse.parse_qs(scope.get("query_string", b"").decode("latin-1"), max_num_fields=64)
+        except ValueError:  # more fields than any link has
+            return ""
         return query.get("token", [""])[-1]
 
     def has_cookie(self, headers: Headers) -> bool:

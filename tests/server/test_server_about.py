@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from support.serving import KEY, serving
+from prometheus_client.parser import text_string_to_metric_families
+from support.serving import KEY, asking, serving, wait_for
 
 
 def test_tokens_there_and_back(http, nano):
@@ -64,9 +68,41 @@ def test_embeddings_are_means_of_hidden_states(nano):
     assert embed(nano, prompt) == pytest.approx((mean / mean.norm()).numpy(), abs=1e-5)
 
 
+def test_a_client_that_goes_away_ends_its_embeddings(server, monkeypatch):
+    gate, begun = threading.Event(), []
+
+    def embed(model, prompt):
+        begun.append(prompt)
+        assert gate.wait(60)
+        return np.zeros(192, np.float32)
+
+    monkeypatch.setattr("iolite.server.embeddings.embed", embed)
+    answers = server.app.state.service.answers
+    with contextlib.suppress(httpx.ReadTimeout):
+        asked = {"input": ["a"] * 50}
+        httpx.post(f"{server.url}/v1/embeddings", json=asked, headers={"x-api-key": KEY}, timeout=0.5)
+    wait_for(lambda: answers._places == 0)
+    gate.set()
+    monkeypatch.undo()
+    with asking(server) as http:  # behind what was begun
+        assert http.post("/v1/embeddings", json={"input": "a"}).status_code == 200
+    assert len(begun) <= 1
+
+
+def test_embeddings_take_places(nano, monkeypatch):
+    with serving(nano, slots=1, waiting=0) as listener, asking(listener) as http:
+        monkeypatch.setattr(listener.app.state.service.answers, "_places", 1)
+        assert http.post("/v1/embeddings", json={"input": "a"}).status_code == 429
+
+
 def test_metrics(http):
     http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "who are you?"}]})
-    page = http.get("/metrics").text
+    found = http.get("/metrics")
+    page = found.text
+    assert found.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    assert families["iolite_tokens"].type == "counter"
+    assert families["iolite_time_to_first_token_seconds"].type == "histogram"
     for line in (
         'iolite_tokens_total{kind="drawn"}',
         "iolite_running_answers 0.0",

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import httpx
 import pytest
 from PIL import Image
-from support.serving import DEMO, KEY, asking, data_uri, serving
+from support.serving import DEMO, KEY, asking, data_uri, raw, serving
 
 from iolite.media import fetch
 from iolite.server import bodies
@@ -160,7 +160,93 @@ def test_curl_calls_json_a_form(http):
     )
 
 
+def test_fields_that_nobody_knows(http):
+    """Each is compared with all that there are, on the event loop: there may not be thousands."""
+    sent = {"messages": [{"role": "user", "content": "hi"}]} | {f"field_{i}": i for i in range(10_000)}
+    assert "10000 fields" in refused(http.post(CHAT, json=sent))
+    sent = {"messages": [{"role": "user", "content": "hi"}], "options": {f"field_{i}": i for i in range(10_000)}}
+    assert "10000 fields" in http.post("/api/chat", json=sent).json()["error"]
+
+
+def test_lists_of_what_is_no_number(http):
+    for path, field in (("/detokenize", "tokens"), ("/v1/embeddings", "input")):
+        assert http.post(path, json={field: [1, *["x"] * 300_000]}).status_code == 400
+
+
+def test_many_fields_in_a_link(server, http):
+    """Without the key too."""
+    many = "&".join(f"a{i}=1" for i in range(100))
+    assert httpx.get(f"{server.url}/health?{many}").status_code == 200
+    assert httpx.get(f"{server.url}/?{many}").status_code == 401
+    assert http.get(f"/v1/models?{many}").status_code == 200
+
+
+def test_two_lengths(server):
+    """A proxy may take the one and this server the other, and a part of the body for another request."""
+    key = f"Host: localhost\r\nx-api-key: {KEY}\r\n"
+    hidden = f"GET /v1/models HTTP/1.1\r\n{key}Connection: close\r\n\r\n"
+    head = f"POST /tokenize HTTP/1.1\r\n{key}Content-Length: {len(hidden) + 5}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert raw(server, f"{head}0\r\n\r\n{hidden}".encode()).split()[1] == b"400"
+    twice = f"POST /tokenize HTTP/1.1\r\n{key}Content-Length: 5\r\nContent-Length: 6\r\n\r\n123456"
+    assert raw(server, twice.encode()).split()[1] == b"400"
+
+
+def test_a_form_where_none_is_taken(nano):
+    """It is counted as what it is not."""
+    with serving(nano, max_body=1000, max_upload=10**6) as listener, asking(listener) as http:
+        form = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert refused(http.post(CHAT, content=b"x" * 2000, headers=form))
+        assert http.post("/v1/audio/transcriptions", content=b"--x--", headers=form).status_code == 400
+
+
+def test_schemas_that_multiply(http):
+    """References to what refers twice to another: 30 million values, if somebody followed them."""
+    steps = {f"s{i}": {"allOf": [{"$ref": f"#/$defs/s{i + 1}"}] * 2} for i in range(25)}
+    schema = {"$defs": steps | {"s25": {"type": "object"}}, "$ref": "#/$defs/s0"}
+    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert "too much" in refused(http.post(CHAT, json=asked | {"tools": [tool]}))
+    wanted = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
+    assert http.post(CHAT, json=asked | {"response_format": wanted}).status_code in (200, 400)
+
+
+@pytest.mark.parametrize(
+    "regex", ["(a{1000}){1000}", "(.*a.*b){25}", ".*a.{300}", "|".join(f"w{i}" for i in range(9000))]
+)
+def test_expressions_that_grow(http, regex):
+    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "regex": regex}
+    assert http.post(CHAT, json=asked).status_code in (200, 400)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[{"role": "user" if i % 2 == 0 else "assistant", "content": "x"} for i in range(9999)],
+     [{"role": "user", "content": [{"type": "text", "text": "x"}] * 100_000}],
+     [{"role": "user", "content": "word " * 5_000_000}]],
+    ids=["messages", "parts", "words"],
+)  # fmt: skip
+def test_more_than_any_context_holds(http, messages):
+    assert refused(http.post(CHAT, json={"messages": messages}))
+
+
 # ---- media ----
+
+
+PLAYLISTS = [
+    b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n",
+    b"ffconcat version 1.0\nfile /etc/passwd\n",
+    b"v=0\nm=audio 5004 RTP/AVP 0\nc=IN IP4 127.0.0.1\n",
+    b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+]
+
+
+@pytest.mark.parametrize("data", PLAYLISTS, ids=["m3u8", "concat", "sdp", "svg"])
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+def test_media_that_name_other_files(http, kind, data):
+    part = {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/x;base64,{base64.b64encode(data).decode()}"}}
+    message = refused(http.post(CHAT, json={"messages": [{"role": "user", "content": [part]}]}))
+    assert "cannot be read" in message
+    assert "passwd" not in message
 
 
 def test_bombs(http):
@@ -314,9 +400,20 @@ def test_an_error_of_ours_tells_the_client_nothing(nano, monkeypatch, capfd):
     with serving(nano) as listener, asking(listener) as http:
         monkeypatch.setattr(Answers, "_prompt", fail)
         for path in (CHAT, "/v1/messages", "/api/chat"):
-            body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+            body = {"messages": [{"role": "user", "content": "hi"}]}
+            body |= {"max_tokens": 2} if path == "/v1/messages" else {}
             for _ in range(3):  # over one connection, which stays
                 found = http.post(path, json=body)
                 assert found.status_code == 500
                 assert "secret" not in found.text
     assert f"secret {KEY}" in capfd.readouterr().err
+
+
+def test_the_key_is_in_no_log(nano, capfd):
+    with serving(nano) as listener:
+        assert httpx.get(f"{listener.url}/?token={KEY}").status_code == 303
+        assert httpx.get(f"{listener.url}/nothing?token={KEY}", follow_redirects=True).status_code == 404
+        assert httpx.get(f"{listener.url}/?token={KEY[:-1]}").status_code == 401
+        httpx.get(f"{listener.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+    told = capfd.readouterr()
+    assert KEY[:-1] not in told.out + told.err

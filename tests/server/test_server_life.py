@@ -12,6 +12,7 @@ from support.serving import KEY, asking, serving, wait_for
 
 CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "hm"}], "max_tokens": 30}
+OLLAMA = {"messages": QUESTION["messages"], "options": {"num_predict": 30}}
 LONG = "on and on " * 40
 
 
@@ -83,7 +84,7 @@ def test_a_full_queue_says_when_to_come_back(script):
         for thread in threads:
             thread.start()
         wait_for(lambda: stats(listener).running + stats(listener).waiting == 2)
-        for path, body in ((CHAT, QUESTION), ("/v1/messages", QUESTION | {"max_tokens": 5}), ("/api/chat", QUESTION)):
+        for path, body in ((CHAT, QUESTION), ("/v1/messages", QUESTION | {"max_tokens": 5}), ("/api/chat", OLLAMA)):
             refused = http.post(path, json=body)
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
@@ -162,9 +163,10 @@ def test_an_error_in_the_middle_of_a_stream(script, scripted, monkeypatch):
 
     monkeypatch.setattr(script.model.network, "logits", logits)
     with asking(scripted) as http:
-        for path, mark in ((CHAT, "data: "), ("/v1/messages", "data: "), ("/api/chat", "")):
+        asked = ((CHAT, QUESTION, "data: "), ("/v1/messages", QUESTION, "data: "), ("/api/chat", OLLAMA, ""))
+        for path, question, mark in asked:
             script.drawn = 0
-            with http.stream("POST", path, json=QUESTION | {"stream": True}) as response:
+            with http.stream("POST", path, json=question | {"stream": True}) as response:
                 assert response.status_code == 200
                 last = [line for line in response.iter_lines() if line][-1]
             assert "not numbers" in str(json.loads(last.removeprefix(mark))["error"])
@@ -190,7 +192,7 @@ def test_many_at_once(nano):
                 answer = httpx.post(listener.url + CHAT, json=QUESTION, headers=headers, timeout=60).json()
                 found.append(answer["choices"][0]["message"]["content"])
             else:
-                body = QUESTION | {"stream": False}
+                body = OLLAMA | {"stream": False}
                 answer = httpx.post(f"{listener.url}/api/chat", json=body, headers=headers, timeout=60).json()
                 found.append(answer["message"]["content"])
 

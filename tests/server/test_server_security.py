@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import httpx
 import pytest
-from support.serving import KEY, asking, serving, wait_for
+from support.serving import KEY, asking, raw, serving, wait_for
 
 from iolite.errors import UsageError
 from iolite.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
-
-
-def raw(listener, text: bytes) -> bytes:
-    """What comes back for bytes that no client library would send."""
-    host, port = listener.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(text)
-        connection.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def test_nothing_but_health_without_the_key(server):
@@ -137,6 +127,16 @@ def test_without_a_key_on_loopback_only(nano):
     assert Settings(host="0.0.0.0", key=KEY).secret == KEY
     assert len(Settings().secret) >= 32
     assert Settings().secret != Settings().secret
+
+
+def test_other_methods(http):
+    for path in ("/", "/health", "/v1/models", "/metrics", "/api/tags", "/docs"):
+        found = http.head(path)
+        assert (found.status_code, found.content) == (200, b"")
+        assert found.headers["content-length"] == str(len(http.get(path).content)) or path == "/metrics"
+    for method in ("GET", "HEAD", "PUT", "DELETE", "PATCH", "TRACE"):
+        found = http.request(method, CHAT)
+        assert (found.status_code, found.headers["allow"]) == (405, "POST")
 
 
 def test_headers_of_every_answer(http, server):

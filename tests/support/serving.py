@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,15 @@ def serving(model, **settings) -> Iterator[Listener]:
 def asking(listener: Listener, key: str = KEY, **more) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=listener.url, headers={"Authorization": f"Bearer {key}"}, timeout=60, **more) as client:
         yield client
+
+
+def raw(listener, text: bytes) -> bytes:
+    """What comes back for bytes that no client library would send."""
+    host, port = listener.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(text)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def data_uri(name: str) -> str:
