@@ -1,4 +1,4 @@
-"""How likely tokens were, in the shapes of OpenAI's two interfaces."""
+"""How likely tokens were, in the shapes of OpenAI's interfaces and Ollama's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+from iolite.errors import UsageError
 from iolite.generate.reply import Alternative, TokenLogprobs
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """`logprobs` of a choice of `/v1/chat/completions`."""
-    content = [_entry(token) | {"top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
-    return {"content": content, "refusal": None}
+    return {"content": token_list(tokens), "refusal": None}
+
+
+def token_list(tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    """`logprobs` of a text of `/v1/responses`, and of Ollama's answers."""
+    return [_entry(token) | {"top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
+
+
+def asked_for(logprobs: bool, top: int | None, how: str) -> int | None:
+    """The number of alternatives to tell of each token; None: nothing. UsageError for alternatives alone, which how
+    says how to ask for."""
+    if top and not logprobs:
+        raise UsageError("top_logprobs are asked for without logprobs", how)
+    return (top or 0) if logprobs else None
 
 
 def _entry(token: Alternative) -> dict[str, Any]:

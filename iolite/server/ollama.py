@@ -17,10 +17,12 @@ from starlette.responses import Response
 
 from iolite import __version__
 from iolite.checkpoint.names import expected_shapes
+from iolite.generate.logprobs import ScoredDelta
 from iolite.generate.reply import Reply, ToolCall
 from iolite.server.answers import Answer, Ask
 from iolite.server.errors import Problem, body_of
 from iolite.server.fields import Body, headers_for
+from iolite.server.logprobs import token_list
 from iolite.server.ollama_fields import OllamaChat, OllamaGenerate, OllamaRequest
 from iolite.server.service import Service, service_of
 from iolite.server.streaming import Streamed
@@ -57,6 +59,8 @@ async def _answer(request: Request, body: OllamaRequest, ask: Ask, fields: Field
     (reply,) = await answer.replies(request)
     calls = [call for call in reply.tool_calls if call.error is None]
     content = fields(reply.text, reply.reasoning, calls)
+    if reply.logprobs is not None:
+        content["logprobs"] = token_list(reply.logprobs)
     return json_response(_line(service, content) | _end(reply, begin), headers=headers)
 
 
@@ -73,7 +77,8 @@ async def _lines(answer: Answer, service: Service, fields: Fields, begin: int) -
             text = item.text if isinstance(item, ContentDelta) else ""
             thought = item.text if isinstance(item, ReasoningDelta) else ""
             calls = [item] if isinstance(item, ToolCall) else []
-            yield to_json(_line(service, fields(text, thought, calls)) | {"done": False}) + "\n"
+            likely = {"logprobs": token_list(item.logprobs)} if isinstance(item, ScoredDelta) else {}
+            yield to_json(_line(service, fields(text, thought, calls)) | likely | {"done": False}) + "\n"
 
 
 def _failed(problem: Problem) -> str:

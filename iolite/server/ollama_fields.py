@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from iolite.errors import MediaError, MessageError, UsageError
+from iolite.generate.sampling import MOST_LOGPROBS
 from iolite.server.answers import Ask
 from iolite.server.fields import (
     Body,
@@ -24,6 +25,7 @@ from iolite.server.fields import (
     ignored,
     seed_of,
 )
+from iolite.server.logprobs import asked_for
 from iolite.server.settings import Settings
 
 Format = Literal["json", ""] | dict[str, Any]
@@ -74,12 +76,15 @@ class OllamaRequest(Body):
     format: Format | None = None
     options: Options | None = None
     think: Think | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     def common(self, settings: Settings) -> dict[str, Any]:
         options = self.options or Options()
         schema = {"type": "object"} if self.format == "json" else self.format or None
         thinking = settings.thinking if self.think is None else bool(self.think)
-        return {"schema": schema, "thinking": thinking, "sampling": options.sampling()}
+        logprobs = asked_for(bool(self.logprobs), self.top_logprobs, "set logprobs to true as well")
+        return {"schema": schema, "thinking": thinking, "sampling": options.sampling() | {"logprobs": logprobs}}
 
     def unknown(self) -> list[str]:
         """The names of fields and options that are ignored."""

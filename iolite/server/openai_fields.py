@@ -27,6 +27,7 @@ from iolite.server.fields import (
     TopK,
     seed_of,
 )
+from iolite.server.logprobs import asked_for
 from iolite.server.settings import Settings
 
 MOST_GRAMMAR = 100_000  # characters
@@ -120,9 +121,7 @@ class ChatRequest(SamplingFields, ThinkingFields):
     def ask(self, model: Model, settings: Settings) -> Ask:
         sampling = self.sampling()
         sampling["max_tokens"] = self.max_completion_tokens or self.max_tokens
-        if self.top_logprobs and not self.logprobs:
-            raise UsageError("top_logprobs are asked for without logprobs", "set logprobs to true as well")
-        sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        sampling["logprobs"] = asked_for(bool(self.logprobs), self.top_logprobs, "set logprobs to true as well")
         return Ask(
             messages=with_details(self.messages, model),
             tools=self.tools or None,

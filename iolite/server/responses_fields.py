@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -9,14 +10,29 @@ from pydantic import Field
 
 from iolite.errors import MessageError, UsageError
 from iolite.generate.model import Model
+from iolite.generate.sampling import MOST_LOGPROBS
 from iolite.server.answers import Ask
-from iolite.server.fields import Body, Probability, Temperature, Tokens, Tools
+from iolite.server.fields import Body, Probability, Temperature, Tokens, Tools, ignored
+from iolite.server.logprobs import asked_for
 from iolite.server.openai_fields import schema_of, with_details
 from iolite.server.settings import Settings
 
+LOGPROBS = "message.output_text.logprobs"  # the only one of `include` that there is
+PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+"""What ids begin with, by the type of the item."""
+_CHANGING: dict[str, tuple[Any, ...]] = {
+    "conversation": (None,),
+    "prompt": (None,),
+    "background": (None, False),
+    "max_tool_calls": (None,),
+}
+
 
 class ResponsesRequest(Body):
-    """`POST /v1/responses`. Nothing is stored: a conversation is sent whole each time."""
+    """`POST /v1/responses`. input is all of a conversation, or what is new since the response that is named.
+
+    As with OpenAI, instructions and tools hold for this response alone.
+    """
 
     input: str | Annotated[list[dict[str, Any]], Field(max_length=10_000)]
     model: str | None = None
@@ -31,9 +47,25 @@ class ResponsesRequest(Body):
     text: dict[str, Any] | None = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    previous_response_id: Annotated[str, Field(max_length=200)] | None = None
+    include: Annotated[list[str], Field(max_length=32)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
-    def ask(self, model: Model, settings: Settings) -> Ask:
-        messages = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else messages_of(self.input)
+    def items(self) -> list[dict[str, Any]]:
+        """The input as items, each with an id."""
+        if isinstance(self.input, str):
+            return [with_id({"type": "message", "role": "user", "content": self.input})]
+        return [with_id(item) for item in self.input]
+
+    def unknown(self) -> list[str]:
+        """The names of what is ignored."""
+        others = any(name != LOGPROBS for name in self.include or ())
+        return ignored(self, _CHANGING) + (["include"] if others else [])
+
+    def ask(self, model: Model, settings: Settings, items: list[dict[str, Any]]) -> Ask:
+        """items: of the whole conversation."""
+        messages = messages_of(items)
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         effort = (self.reasoning or {}).get("effort")
@@ -51,8 +83,32 @@ class ResponsesRequest(Body):
                 "max_tokens": self.max_output_tokens,
                 "temperature": self.temperature,
                 "top_p": self.top_p,
+                "logprobs": self._logprobs(),
             },
         )
+
+    def _logprobs(self) -> int | None:
+        return asked_for(LOGPROBS in (self.include or ()), self.top_logprobs, f'add "{LOGPROBS}" to include')
+
+
+def with_id(item: dict[str, Any]) -> dict[str, Any]:
+    """An item under an id, its own if it has one."""
+    if isinstance(item.get("id"), str):
+        return item
+    prefix = PREFIXES.get(str(item.get("type", "message")), "item")
+    return {"id": f"{prefix}_{secrets.token_hex(12)}", **{key: value for key, value in item.items() if key != "id"}}
+
+
+def listed(item: dict[str, Any]) -> dict[str, Any]:
+    """An item as it is shown: a message has a list of parts."""
+    item = {"type": "message", **item}
+    if item["type"] != "message":
+        return item
+    content = item.get("content")
+    if isinstance(content, str):
+        kind = "output_text" if item.get("role") == "assistant" else "input_text"
+        content = [{"type": kind, "text": content} | ({"annotations": []} if kind == "output_text" else {})]
+    return {"status": "completed", **item, "content": content}
 
 
 def format_of(text: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -91,6 +91,30 @@ def test_thoughts_and_tools(script, scripted):
     client._client.close()
 
 
+def test_how_likely_tokens_were(client, nano):
+    settings = {"model": "x", "logprobs": True, "top_logprobs": 3, "options": {"temperature": 0}}
+    messages = question("What number is this?", "number.png")
+    whole = client.chat(messages=messages, **settings)
+    assert "".join(token.token for token in whole.logprobs) == whole.message.content == "47"
+    parts = [{"type": "image", "image": str(DEMO / "number.png")}, {"type": "text", "text": "What number is this?"}]
+    scores = nano.logits(nano.prompt([{"role": "user", "content": parts}]))[-1].double().log_softmax(-1)
+    likeliest = [other.logprob for other in whole.logprobs[0].top_logprobs]
+    assert likeliest == pytest.approx(scores.topk(3).values.tolist(), abs=1e-3)
+    assert whole.logprobs[0].logprob == likeliest[0]
+    pieces = list(client.chat(messages=messages, stream=True, **settings))
+    for piece in pieces:
+        assert piece.message.content == "".join(token.token for token in piece.logprobs or ())
+    assert sum(len(piece.logprobs or ()) for piece in pieces) == len(whole.logprobs)
+    for raw in (False, True):
+        more = settings | {"prompt": "who are you?", "raw": raw, "options": {"temperature": 0, "num_predict": 6}}
+        reply = client.generate(**more)
+        assert "".join(token.token for token in reply.logprobs) == reply.response
+        streamed = [token.token for piece in client.generate(stream=True, **more) for token in piece.logprobs or ()]
+        assert streamed == [token.token for token in reply.logprobs]
+    assert not client.chat(model="x", messages=messages, logprobs=True).logprobs[0].top_logprobs
+    assert client.chat(model="x", messages=messages).logprobs is None
+
+
 def test_what_is_here(client):
     (model,) = client.list().models
     assert model.model == "nano"
@@ -121,6 +145,8 @@ def test_models_are_neither_made_nor_removed(client, name):
         ({"messages": question("x"), "options": {"num_predict": 2**70}}, "num_predict"),
         ({"messages": question("x"), "template": "{{ .Prompt }}"}, "template"),
         ({"messages": question("x"), "format": "yaml"}, "format"),
+        ({"messages": question("x"), "top_logprobs": 2}, "logprobs"),
+        ({"messages": question("x"), "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ],
 )
 def test_bad_requests(http, body, about):
