@@ -97,8 +97,8 @@ def _cors(settings: Settings) -> list[Middleware]:
     """Answers to browsers' questions, for the origins that were named and no others."""
     if not settings.origins:
         return []
-    named = list(settings.origins)
-    return [Middleware(CORSMiddleware, allow_origins=named, allow_methods=["GET", "POST"], allow_headers=["*"])]
+    named, methods = list(settings.origins), ["GET", "POST", "DELETE"]
+    return [Middleware(CORSMiddleware, allow_origins=named, allow_methods=methods, allow_headers=["*"])]
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
