@@ -303,7 +303,7 @@ def _line() -> str:
         line = sys.stdin.readline()
     except UnicodeDecodeError:
         raise UsageError(
-            "what comes through stdin is not UTF-8 text", "name media with /image, /audio or /video"
+            "what comes through stdin is not UTF-8 text", "name media with /image, /audio, /video or /file"
         ) from None
     if not line:
         raise EOFError

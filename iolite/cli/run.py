@@ -172,7 +172,7 @@ def piped_text(waits: bool) -> str:
         return sys.stdin.buffer.read().decode("utf-8").strip()
     except UnicodeDecodeError:
         raise UsageError(
-            "what comes through stdin is not UTF-8 text", "for media use --image -, --audio - or --video -"
+            "what comes through stdin is not UTF-8 text", "for media use --image -, --audio -, --video - or --file -"
         ) from None
 
 

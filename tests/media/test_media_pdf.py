@@ -155,3 +155,8 @@ def test_a_huge_picture_in_a_page():
 def test_what_is_one():
     assert is_pdf(a_pdf("x")) and is_pdf(b"\xef\xbb\xbf\r\n" + a_pdf("x"))
     assert not is_pdf(b"A PDF begins with %PDF-1.7.") and not is_pdf(b"")
+
+
+def test_words_are_seen_without_the_fonts_of_the_system():
+    (written,) = drawn(a_pdf("words in a font that is not in the file"), (0, 300, 300))
+    assert (written[80:110] < 100).any() and (written[:80] == 255).all() and (written[110:] == 255).all()
