@@ -49,7 +49,9 @@ class Attachment:
         part = {"type": self.kind, self.kind: self.source}
         if self.kind == "video":
             return {**part, "sound": True}  # who shows a video means what is said in it too
-        return {**part, "name": self.name, "pages": self.pages} if self.kind == "document" else part
+        if self.kind == "document":
+            return {**part, "name": self.name if isinstance(self.source, str) else None, "pages": self.pages}
+        return part
 
 
 def kind_of(path: str) -> str | None:
