@@ -15,7 +15,9 @@ from PIL import Image
 from support.pdf import a_pdf, a_scan
 from support.programs import need_program
 from support.serving import DEMO, KEY, serving, wait_for
+from support.speaking import idle
 
+from iolite.errors import BusyError
 from iolite.media.audio import decode_audio
 
 FLAGS = [
@@ -159,20 +161,176 @@ def test_pasted_and_dropped(server, open_page):
     expect(answer(page).locator(".prose")).to_have_text("blue")
 
 
-def test_sound_is_recorded_into_the_model(server, open_page):
+def test_who_stops_speaking_is_answered(server, open_page):
     page = open_page(server)
+    page.set_input_files("#picker", DEMO / "shape.png")
+    expect(page.locator("#files li.here")).to_have_count(1)
+    page.fill("#text", "Transcribe the speech.")
     page.click("#record")
-    expect(page.locator("#recorder-time")).to_have_text(re.compile(r"^(2\.[0-9]|[3-9]\.[0-9]) s"))
-    page.click("#recorder-stop")
+    expect(page.locator("#recorder")).to_be_visible()
+    expect(page.locator("#recorder-send")).to_be_focused()
+    complete(page)  # without a click
+    expect(page.locator("#recorder")).to_be_hidden()
+    expect(answer(page).locator(".prose")).to_have_text(re.compile(r"\d"))
+    expect(answer(page).locator(".spent")).to_contain_text("after the last sample")
+    expect(page.locator("#title")).to_have_text("Transcribe the speech.")
+    expect(page.locator("#text")).to_have_value("")
+    expect(page.locator("#files li")).to_have_count(0)
+    page.reload()
+    complete(page)
+    expect(page.locator(".turn.user .said")).to_have_text("Transcribe the speech.")
+    expect(page.locator(".turn.user img")).to_be_visible()
+    expect(page.locator(".turn.user figcaption")).to_have_text(re.compile(r"Recording \d\d\.\d\d\.wav"))
+    page.wait_for_function("document.querySelector('.turn.user audio').duration > 1")
+    was_spoken(server, page)
+    answer(page).get_by_label("Answer again").click()
+    expect(answer(page).locator(".branch")).to_contain_text("2 / 2")
+
+
+def was_spoken(server, page):
+    """What is kept is what came out of the microphone, wherever in the recording it begins."""
+    link = page.locator(".turn.user audio").last.get_attribute("src")
+    kept = decode_audio(httpx.get(server.url + link, headers={"x-api-key": KEY}).content)
+    spoken = decode_audio(str(DEMO / "digits.wav"))
+    size = 1 << 18
+    product = np.fft.irfft(np.fft.rfft(kept, size) * np.conj(np.fft.rfft(spoken, size)))
+    assert product.max() > 0.8 * np.linalg.norm(kept) * np.linalg.norm(spoken)
+
+
+def only_by_the_button(page):
+    page.click("#settings-open")
+    page.get_by_label("Answer when I stop speaking").uncheck()
+    expect(page.get_by_label("Milliseconds of quiet")).to_be_disabled()
+    page.click("#settings [value=save]")
+    expect(page.locator("#settings")).to_be_hidden()
+
+
+SPOKEN = re.compile(r"^(2\.[0-9]|[3-9]\.[0-9]) s")
+
+
+def test_send_now_and_cancel(server, open_page):
+    page = open_page(server)
+    only_by_the_button(page)
+    chats = page.locator("#chats button").count()
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: page.click("#recorder-cancel")):
+        page.click("#record")
+        expect(page.locator("#recorder-time")).to_have_text(re.compile("s left"))
+        leave()
+        expect(page.locator("#recorder")).to_be_hidden()
+        expect(page.locator("#files li")).to_have_count(0)
+    wait_for(lambda: idle(server))
+    page.reload()
+    page.wait_for_selector("#empty:not([hidden])")
+    assert page.locator("#chats button").count() == chats
+    page.click("#record")
+    expect(page.locator("#recorder-time")).to_have_text(SPOKEN)
+    page.keyboard.press("Enter")  # the button has the focus
+    complete(page)
+    expect(page.locator("#title")).to_have_text(re.compile("Recording"))
+    page.reload()
+    complete(page)
+    was_spoken(server, page)
+
+
+def test_a_recording_is_attached(server, open_page):
+    page = open_page(server)
+    only_by_the_button(page)
+    page.click("#record")
+    expect(page.locator("#recorder-time")).to_have_text(SPOKEN)
+    page.click("#recorder-attach")
     expect(page.locator("#files li.here .price")).to_have_text(re.compile(r"[2-9]\.\d s · \d+ tokens"))
+    wait_for(lambda: idle(server))
+    expect(page.locator("#empty")).to_be_visible()
     ask(page, "Transcribe the speech.")
     expect(answer(page).locator(".prose")).to_have_text(re.compile(r"\d"))
-    link = page.locator(".turn.user audio").get_attribute("src")
-    heard = decode_audio(httpx.get(server.url + link, headers={"x-api-key": KEY}).content)
-    spoken = decode_audio(str(DEMO / "digits.wav"))
-    size = 1 << 17  # what was heard is what was spoken, wherever in the recording it begins
-    product = np.fft.irfft(np.fft.rfft(heard, size) * np.conj(np.fft.rfft(spoken, size)))
-    assert product.max() > 0.8 * np.linalg.norm(heard) * np.linalg.norm(spoken)
+    was_spoken(server, page)
+
+
+def test_nothing_that_was_said_is_lost(server, open_page, monkeypatch):
+    """Where nobody can read along the recording goes on; another chat, too, finds it attached."""
+
+    async def full(*_):
+        raise BusyError("all places are taken", "ask again a little later", retry_after=5.0)
+
+    page = open_page(server)
+    monkeypatch.setattr(server.app.state.service.answers, "listen", full)
+    page.click("#record")
+    expect(page.locator("#trouble")).to_contain_text("All places are taken; ask again a little later. The recording")
+    expect(page.locator("#recorder-state")).to_have_text("Recording")
+    expect(page.locator("#recorder-time")).to_have_text(SPOKEN)
+    page.click("#recorder-attach")
+    expect(page.locator("#trouble p")).to_have_text("All places are taken; ask again a little later")
+    expect(page.locator("#files li.here")).to_have_count(1)
+    monkeypatch.undo()
+    page.route_web_socket("**/page/live", lambda socket: socket.close())
+    page.click("#record")
+    expect(page.locator("#trouble")).to_contain_text("connection")
+    expect(page.locator("#recorder-time")).to_have_text(SPOKEN)
+    page.click("#new")
+    expect(page.locator("#recorder")).to_be_hidden()
+    expect(page.locator("#files li.here")).to_have_count(2)
+    ask(page, "Transcribe the speech.")
+
+
+def test_a_server_that_comes_back_gets_what_was_said(server, open_page):
+    page = open_page(server)
+    only_by_the_button(page)
+    page.click("#record")
+    expect(page.locator("#recorder-time")).to_have_text(SPOKEN)
+    page.route("**/page/files", lambda route: route.abort())
+    page.click("#recorder-attach")
+    expect(page.locator("#files li.bad .price")).to_contain_text("does not answer")
+    page.unroute("**/page/files")
+    page.get_by_label(re.compile("Attach Recording .* again")).click()
+    expect(page.locator("#files li.here .price")).to_have_text(re.compile(r"[2-9]\.\d s"))
+    assert all("Failed to load resource" in text for text in open_page.wrong), open_page.wrong
+    open_page.wrong.clear()
+
+
+def test_a_spoken_answer_is_stopped(script, scripted, open_page):
+    """And while it is drawn, what is said is only recorded."""
+    page = open_page(scripted)
+    script.say(LONG)
+    page.click("#record")
+    expect(page.locator(".turn.assistant.writing .prose")).to_contain_text("on and")
+    script.gate.clear()
+    page.click("#record")
+    expect(page.locator("#recorder-state")).to_have_text("Recording")
+    expect(page.locator("#recorder-send")).to_be_hidden()
+    page.keyboard.press("Escape")
+    expect(page.locator("#recorder")).to_be_hidden()
+    page.keyboard.press("Escape")
+    script.gate.set()
+    complete(page)
+    expect(answer(page).locator(".notice")).to_have_text("Stopped here.")
+    wait_for(lambda: idle(scripted))
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000, 16_000, 8_000])
+def test_the_microphones_rate_becomes_the_models(server, open_page, rate):
+    """Tones below 7 kHz stay as they are; those that 16 kHz cannot hold are gone, and not heard as others."""
+    page = open_page(server)
+    found = page.evaluate(
+        """async (rate) => {
+            const { Resampler } = await import("/page/static/resample.js");
+            const made = (hertz) => {
+                const from = new Resampler(rate, 16000), out = [];
+                for (let at = 0; at < rate; at += 128) out.push(...from.push(Float32Array.from(
+                    { length: 128 }, (_, i) => Math.sin(2 * Math.PI * hertz * (at + i) / rate))));
+                return out;
+            };
+            return Object.fromEntries([0.1, 1, 3, 6.5, 8.5, 12, 20].map((k) => [k, made(1000 * k)]));
+        }""",
+        rate,
+    )
+    for kilohertz, tone in ((float(k), np.array(v)) for k, v in found.items()):
+        assert abs(len(tone) - 16_000) < 130
+        middle = tone[2000:14_000]
+        expected = np.sin(2 * np.pi * 1000 * kilohertz * np.arange(2000, 14_000) / 16_000)
+        if kilohertz < 0.46 * rate / 1000 and kilohertz < 7:
+            assert np.abs(middle - expected).max() < 2e-3, kilohertz
+        elif kilohertz > 8 and kilohertz < rate / 2000:
+            assert np.abs(middle).max() < 2e-3, kilohertz
 
 
 def test_stop_again_edit_and_branches(script, scripted, open_page):

@@ -22,9 +22,10 @@ async function ask(method, path, body, more = {}) {
   if (response.ok) return response;
   if (response.status === 401) throw new Refused("The server asks for its key again: open the link that it printed.", 401);
   const said = await response.json().catch(() => ({}));
-  const message = said.error?.message ?? `the server answered with ${response.status}`;
-  throw new Refused(message.charAt(0).toUpperCase() + message.slice(1), response.status);
+  throw new Refused(sentence(said.error?.message ?? `the server answered with ${response.status}`), response.status);
 }
+
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 const read = async (...request) => (await ask(...request)).json();
 
@@ -62,4 +63,27 @@ export async function answer(id, turn, on) {
     }
   }
   if (!ended) throw new Refused("The connection broke off before the answer was complete.", 0);
+}
+
+/** Says one message, whose text and files are in `start`. on(event) is called with what the server tells, and with one
+    event "error" where that ends before the answer does. */
+export function speak(start, on) {
+  const socket = new WebSocket(`${location.origin.replace("http", "ws")}/page/live`);
+  const waiting = [JSON.stringify({ type: "start", ...start })];
+  let opened = false, over = false;
+  const tell = (event) => {
+    if (over) return;
+    over = event.type === "end" || event.type === "error";
+    on(event);
+  };
+  const send = (data) => { if (opened) socket.send(data); else waiting.push(data); };
+  socket.addEventListener("open", () => { opened = true; waiting.splice(0).forEach((data) => socket.send(data)); });
+  socket.addEventListener("message", ({ data }) => {
+    const event = JSON.parse(data);
+    tell(event.type === "error" ? { type: "error", message: sentence(event.error.message) } : event);
+  });
+  socket.addEventListener("close", () => tell({
+    type: "error", message: opened ? "The connection broke off before the answer was complete." : "The server takes no live connection; is it still running?",
+  }));
+  return { hear: send, commit: () => send('{"type": "commit"}'), close: () => { over = true; socket.close(); } };
 }

@@ -5,6 +5,7 @@ import * as api from "./api.js";
 import { Composer } from "./composer.js";
 import { SettingsDialog, ask } from "./dialogs.js";
 import { Side } from "./side.js";
+import { Speech, pause } from "./speech.js";
 import { Tree } from "./tree.js";
 import { Growing, copy, turn } from "./turns.js";
 
@@ -22,8 +23,9 @@ const page = {
 let following = true;  // whether the view is at the end, and stays there
 
 const composer = new Composer(about, send);
+const speech = new Speech(about, composer, spoken);
 const side = new Side(open);
-const settings = new SettingsDialog(about, saveSettings);
+const settings = new SettingsDialog(about, saveSettings, pause);
 const does = {
   edit, give,
   again: (message) => run({ parent: message.parent, again: true }),
@@ -35,6 +37,7 @@ const does = {
 
 async function open(id) {
   if (page.writing) await api.stop(page.writing).catch(() => {});
+  speech.leave();
   const mine = (page.opened += 1);
   leaveEditing();
   composer.trouble(null);
@@ -96,14 +99,41 @@ function showMeter() {
   $("meter").setAttribute("aria-label", `${number(used)} of ${number(about.context)} tokens of context used`);
 }
 
-function send({ text, files }) {
-  const parent = page.parent === undefined ? page.tree.head : page.parent;
+function send(message) {
+  run(turnOf(message), () => taken(message));
+}
+
+/** What is in the composer as the server takes it. */
+function turnOf({ text, files }) {
   const sent = files.map((file) => ({ file: file.file, name: file.name, tokens: file.tokens ?? null }));
-  run({ parent, text, files: sent }, () => { composer.set(""); leaveEditing(); });
+  return { parent: page.parent === undefined ? page.tree.head : page.parent, text, files: sent };
+}
+
+function taken(message) {
+  page.parent = undefined;
+  $("editing").hidden = true;
+  composer.taken(message);
 }
 
 function give(message, results) {
   run({ parent: message.id, results });
+}
+
+/** What the composer holds begins the message that somebody is about to say. */
+function spoken() {
+  const message = composer.message, start = { chat: page.chat, ...turnOf(message) };
+  if (page.chat === null) start.settings = page.settings;
+  const mine = page.opened, answer = showing((event) => {
+    if (page.opened === mine) called(event.chat);
+    taken(message);
+  });
+  return { start, answer };
+}
+
+/** The chat that was not begun has a name for the server now. */
+function called(id) {
+  page.chat = side.current = id;
+  history.replaceState(null, "", `/#${id}`);
 }
 
 /** Sends a turn and shows its answer as it grows. begun() is called when the server has taken it. */
@@ -111,34 +141,43 @@ async function run(request, begun = () => {}) {
   if (page.writing || composer.busy) return;
   composer.setBusy(true);
   composer.trouble(null);
-  const mine = page.opened;
-  let growing = null, failed = null;
+  const answer = showing(begun);
+  let failed = null;
   try {
-    if (page.chat === null) {
-      page.chat = side.current = (await api.create(page.settings)).id;
-      history.replaceState(null, "", `/#${page.chat}`);
-    }
-    await api.answer(page.chat, request, (event) => {
-      if (event.type === "begin") { page.writing = event.message.id; begun(); }
-      if (event.type === "end" || event.type === "error") page.writing = null;
-      if (page.opened !== mine) return;
-      if (event.type === "begin") growing = begin(event);
-      else if (event.type === "call") growing.call(event.call);
-      else if (event.type === "end") { page.tree.add(event.message); finish(event.message); }
-      else if (event.type === "error") failed = event.message;
-      else growing.grow(event.type, event.settled, event.tail);
-      toEnd(false);
-    });
+    if (page.chat === null) called((await api.create(page.settings)).id);
+    await api.answer(page.chat, request, (event) => { if (event.type === "error") failed = event.message; else answer.on(event); });
   } catch (error) {
     failed = error.message;
   }
-  page.writing = null;
-  composer.setBusy(false);
-  tell(() => side.refresh());
-  if (failed && page.opened === mine) {
+  answer.over(failed);
+}
+
+/** Shows an answer whose events come in here, unless another chat is opened meanwhile. */
+function showing(begun) {
+  const mine = page.opened;
+  let growing = null, ended = false;
+  function on(event) {
+    if (event.type === "begin") { page.writing = event.message.id; begun(event); }
+    if (event.type === "end") over(null);  // the next may begin, however long the connection takes to close
+    if (page.opened !== mine) return;
+    if (event.type === "begin") growing = begin(event);
+    else if (event.type === "call") growing.call(event.call);
+    else if (event.type === "end") { page.tree.add(event.message); finish(event.message); }
+    else growing.grow(event.type, event.settled, event.tail);
+    toEnd(false);
+  }
+  /** failed: why it ended before it was complete; null when it was. */
+  async function over(failed) {
+    if (ended) return;
+    ended = true;
+    page.writing = null;
+    composer.setBusy(false);
+    tell(() => side.refresh());
+    if (!failed || page.opened !== mine) return;
     if (growing) await open(page.chat);
     composer.trouble(failed);
   }
+  return { on, over };
 }
 
 function begin(event) {
@@ -164,6 +203,7 @@ function finish(message) {
 }
 
 function edit(message) {
+  if (speech.on) return;
   page.parent = message.parent;
   $("editing").hidden = false;
   composer.set(message.text, message.files);
@@ -248,7 +288,8 @@ document.addEventListener("keydown", (event) => {
   if (control && event.key.toLowerCase() === "k") { event.preventDefault(); side.slide(matchMedia("(max-width: 800px)").matches); $("search").focus(); }
   else if (control && event.shiftKey && event.key.toLowerCase() === "o") { event.preventDefault(); open(null); }
   else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-    if (page.writing) stop();
+    if (speech.on) speech.cancel();
+    else if (page.writing) stop();
     else if (page.parent !== undefined) leaveEditing();
     else side.slide(false);
   } else if (event.key === "ArrowUp" && event.target === composer.text && !composer.text.value && !composer.busy) {

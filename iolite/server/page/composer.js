@@ -1,8 +1,7 @@
-// The message box: text that grows, files with their costs, a recorder.
+// The message box: text that grows, files with their costs.
 
 import { $, el, icon, iconButton, number, say, seconds } from "./dom.js";
 import { fileLink, upload } from "./api.js";
-import { Recorder } from "./recorder.js";
 
 const KINDS = { image: "image/*", audio: "audio/*", video: "video/*" };
 const TEXTS = ".txt,.md,.csv,.tsv,.json,.yaml,.toml,.xml,.html,.css,.js,.ts,.py,.c,.h,.cpp,.rs,.go,.java,.sh,.sql,.log,.tex,.pdf";
@@ -25,7 +24,6 @@ export class Composer {
     $("composer").addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
     $("trouble").querySelector("button").addEventListener("click", () => this.trouble(null));
     this.takeFiles();
-    this.takeSound();
     this.changed();
   }
 
@@ -54,63 +52,59 @@ export class Composer {
     });
   }
 
-  takeSound() {
-    $("record").hidden = !this.about.modalities.includes("audio");
-    const recorder = new Recorder($("recorder").querySelector("canvas"), $("recorder-time"), this.about.longest);
-    const close = () => { $("recorder").hidden = true; $("record").disabled = false; this.text.focus(); };
-    const finish = async () => {
-      const file = await recorder.finish();
-      close();
-      if (file) await this.attach([file]);
-      else this.trouble("Nothing was recorded.");
-    };
-    recorder.onfull = finish;
-    $("record").addEventListener("click", async () => {
-      this.trouble(null);
-      $("record").disabled = true;
-      try {
-        await recorder.start();
-        $("recorder").hidden = false;
-        $("recorder-stop").focus();
-        say("Recording");
-      } catch (error) {
-        $("record").disabled = false;
-        this.trouble(error.message);
-      }
-    });
-    $("recorder-stop").addEventListener("click", finish);
-    $("recorder-cancel").addEventListener("click", () => { recorder.cancel(); close(); });
-  }
-
   async attach(list) {
-    await Promise.all([...list].map(async (file) => {
-      const entry = { name: file.name || "picture", kind: file.type.split("/")[0], state: "busy", stop: new AbortController() };
+    await Promise.all([...list].map((file) => {
+      const entry = { name: file.name || "picture", kind: file.type.split("/")[0], stop: new AbortController() };
       this.files.push(entry);
-      this.changed();
-      try {
-        Object.assign(entry, await upload(file, entry.stop.signal), { state: "here" });
-        const looked = entry.kind === "image" || (entry.kind === "document" && entry.info.tokens === null);
-        entry.tokens = looked ? this.about.budget : null;
-        say(`${entry.name} attached, ${number(price(entry))} tokens`);
-      } catch (error) {
-        Object.assign(entry, { state: "bad", why: error.message });
-        if (error.name !== "AbortError") say(`${entry.name}: ${error.message}`);
-      }
-      this.changed();
+      return this.read(entry, file);
     }));
     this.text.focus();
   }
 
+  async read(entry, file) {
+    Object.assign(entry, { state: "busy", again: null });
+    this.changed();
+    try {
+      Object.assign(entry, await upload(file, entry.stop.signal), { state: "here" });
+      const looked = entry.kind === "image" || (entry.kind === "document" && entry.info.tokens === null);
+      entry.tokens = looked ? this.about.budget : null;
+      say(`${entry.name} attached, ${number(price(entry))} tokens`);
+    } catch (error) {
+      Object.assign(entry, { state: "bad", why: error.message });
+      if (error.status === 0) entry.again = () => this.read(entry, file);  // nobody has looked at it yet
+      if (error.name !== "AbortError") say(`${entry.name}: ${error.message}`);
+    }
+    this.changed();
+  }
+
   send() {
-    const files = this.files.filter((file) => file.state === "here");
     if (!this.ready) return;
     this.trouble(null);
-    this.submit({ text: this.text.value, files });
+    this.submit(this.message);
+  }
+
+  /** What there is to be sent. */
+  get message() {
+    return { text: this.text.value, files: this.files.filter((file) => file.state === "here") };
+  }
+
+  /** A message has been sent: what came meanwhile stays. */
+  taken({ files }) {
+    this.text.value = "";
+    this.files = this.files.filter((file) => !files.includes(file));
+    this.changed();
+  }
+
+  /** While somebody speaks, what is written belongs to the message that is spoken, and stays as it is. */
+  setListening(on) {
+    $("composer").classList.toggle("listening", on);
+    this.text.readOnly = $("files").inert = on;
+    if (!on && matchMedia("(hover: hover)").matches) this.text.focus();
   }
 
   get ready() {
     const waiting = this.files.some((file) => file.state === "busy");
-    return !this.busy && !waiting && (this.text.value.trim() !== "" || this.files.some((file) => file.state === "here"));
+    return !this.busy && !this.text.readOnly && !waiting && (this.text.value.trim() !== "" || this.files.some((file) => file.state === "here"));
   }
 
   set(text, files = []) {
@@ -144,13 +138,14 @@ export class Composer {
   chip(file) {
     const picture = file.kind === "image" && file.state === "here" ? el("img", { src: fileLink(file.file), alt: "" }) : icon({ audio: "sound", video: "film" }[file.kind] ?? "file");
     const below = file.state === "busy" ? "Reading …" : file.state === "bad" ? file.why : this.details(file);
+    const again = file.again && iconButton("again", `Attach ${file.name} again`, file.again);
     const drop = iconButton("close", `Remove ${file.name}`, () => {
       file.stop?.abort();
       this.files = this.files.filter((other) => other !== file);
       this.changed();
       this.text.focus();
     });
-    return el("li", { class: file.state }, picture, el("span", {}, el("span", { class: "name", title: file.name }, file.name), el("span", { class: "price" }, below)), drop);
+    return el("li", { class: file.state }, picture, el("span", {}, el("span", { class: "name", title: file.name }, file.name), el("span", { class: "price" }, below)), again, drop);
   }
 
   /** What a file costs; of a picture and a PDF, a choice of how much the model sees. */

@@ -22,19 +22,23 @@ export function ask({ title, text = "", yes, value = null, danger = false }) {
 const NUMBERS = ["temperature", "top_p", "top_k", "seed", "max_tokens", "thinking_budget"];
 
 export class SettingsDialog {
-  /** save(settings) is called with what was chosen. */
-  constructor(about, save) {
+  /** save(settings) is called with what was chosen. pause: how the end of speech is known, in this browser. */
+  constructor(about, save, pause) {
+    this.pause = pause;
     this.form = $("settings").querySelector("form");
     for (const name of ["temperature", "top_p", "top_k", "max_tokens"]) this.form.elements[name].placeholder = String(about.defaults[name]);
     this.form.addEventListener("submit", (event) => {
       if (event.submitter?.value !== "save") return;
       const chosen = this.read();
-      if (!chosen) event.preventDefault();
-      else save(chosen);
+      if (!chosen) { event.preventDefault(); return; }
+      pause.set(this.form.elements.hands_free.checked ? Number(this.form.elements.pause.value || pause.usual) : null);
+      save(chosen);
     });
+    $("settings-speech").hidden = !about.modalities.includes("audio");
+    this.form.elements.hands_free.addEventListener("change", () => this.showPause());
     this.form.elements.system.addEventListener("keydown", (event) => event.stopPropagation());
     $("settings").querySelector('[value="close"]').formNoValidate = true;
-    $("settings-reset").addEventListener("click", () => this.fill({}));
+    $("settings-reset").addEventListener("click", () => this.fill({}, pause.usual));
   }
 
   open(settings) {
@@ -44,12 +48,19 @@ export class SettingsDialog {
     this.form.elements.system.focus();
   }
 
-  fill(settings) {
+  fill(settings, silence = this.pause.get()) {
+    this.form.elements.hands_free.checked = silence !== null;
+    this.form.elements.pause.value = silence ?? this.pause.usual;
+    this.showPause();
     this.form.elements.system.value = settings.system ?? "";
     for (const name of NUMBERS) this.form.elements[name].value = settings[name] ?? "";
     this.form.elements.tools.value = settings.tools ? JSON.stringify(settings.tools, null, 2) : "";
     this.form.querySelector("details").open = Boolean(settings.tools);
     $("tools-trouble").hidden = true;
+  }
+
+  showPause() {
+    this.form.elements.pause.disabled = !this.form.elements.hands_free.checked;
   }
 
   /** The settings, null when the tools are no JSON. */

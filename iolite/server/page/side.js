@@ -42,11 +42,13 @@ export class Side {
     let day = null;
     for (const chat of chats) {
       if (dayOf(chat.changed) !== day) parts.push(el("h2", {}, (day = dayOf(chat.changed))));
-      parts.push(el("button", { type: "button", "aria-current": chat.id === this.current && "page", onclick: () => { this.slide(false); this.open(chat.id); } },
+      parts.push(el("button", { type: "button", "data-id": chat.id, "aria-current": chat.id === this.current && "page", onclick: () => { this.slide(false); this.open(chat.id); } },
         el("span", {}, chat.title || "Untitled"), chat.found && chat.found !== chat.title && el("span", { class: "found" }, chat.found)));
     }
     if (!chats.length) parts.push(el("p", { class: "none quiet" }, words.trim() ? "No chat has these words." : "Chats appear here."));
+    const focused = $("chats").contains(document.activeElement) && document.activeElement.dataset.id;
     $("chats").replaceChildren(...parts);
+    if (focused) parts.find((part) => part.dataset.id === focused)?.focus();
     if (words.trim()) say(`${chats.length} chats found`);
   }
 

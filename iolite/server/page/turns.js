@@ -107,13 +107,13 @@ function costs(info) {
   if (!info.tokens) return null;
   const title = [
     `${number(info.tokens)} tokens drawn`, `${number(info.prompt_tokens)} read, ${number(info.cached_tokens)} of them remembered`,
-    `first token after ${seconds(info.first_token)}`,
+    info.spoken ? `first token ${info.first_token.toFixed(2)} s after the last sample: the rest was read while it was spoken` : `first token after ${seconds(info.first_token)}`,
     info.gain ? `drafting makes it ${info.gain.toFixed(1)} times as fast` : "without drafts",
   ].join("\n");
   const parts = [];
   if (info.tokens_per_second) parts.push(`${info.tokens_per_second.toFixed(info.tokens_per_second < 10 ? 1 : 0)} tokens/s`);
   if (info.gain) parts.push(`${info.gain.toFixed(1)}× by drafting`);
-  const rest = `${parts.length ? " · " : ""}${number(info.tokens)} tokens · first after ${info.first_token.toFixed(2)} s`;
+  const rest = `${parts.length ? " · " : ""}${number(info.tokens)} tokens · first ${info.spoken ? "" : "after "}${info.first_token.toFixed(2)} s${info.spoken ? " after the last sample" : ""}`;
   return el("span", { class: "spent", title }, parts.join(" · "), el("span", { class: "more" }, rest));
 }
 
