@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from iolite.server.answers import Answer
 from iolite.server.errors import Problem, problem_of
+
+T = TypeVar("T")
 
 
 class Streamed(StreamingResponse):
@@ -35,6 +39,32 @@ class Streamed(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answer.close()
+
+
+async def with_pings(items: AsyncIterator[T], seconds: float) -> AsyncIterator[T | None]:
+    """The items, and None whenever none has come for so long."""
+    coming = asyncio.ensure_future(_next(items))
+    try:
+        while True:
+            done, _ = await asyncio.wait([coming], timeout=seconds)
+            if not done:
+                yield None
+                continue
+            found = coming.result()
+            if not found:
+                return
+            yield found[0]
+            coming = asyncio.ensure_future(_next(items))
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+
+
+async def _next(items: AsyncIterator[T]) -> list[T]:
+    """The next item, or nothing at their end."""
+    async for item in items:
+        return [item]
+    return []
 
 
 async def _whole(pieces: AsyncIterator[str], failed: Callable[[Problem], str]) -> AsyncIterator[str]:

@@ -19,6 +19,7 @@ from iolite.server.answers import Ask
 from iolite.server.errors import body_of, problem_of
 from iolite.server.languages import language_named
 from iolite.server.service import Service, service_of
+from iolite.server.streaming import with_pings
 from iolite.server.wire import PING, event, json_response
 
 router = APIRouter(tags=["OpenAI"])
@@ -47,7 +48,7 @@ async def transcriptions(
     samples = await service.answers.prepared(lambda: decode_audio(data, limits=limits))
     segments = _listen(request, service, samples, text, temperature)
     if stream:
-        return StreamingResponse(_events(segments), media_type="text/event-stream")
+        return StreamingResponse(_events(segments, service.settings.ping), media_type="text/event-stream")
     return _page([segment async for segment in segments], response_format, named, service.model.processor.sampling_rate)
 
 
@@ -74,12 +75,14 @@ async def _listen(
         yield Segment(start / rate, stop / rate, reply.text.strip(), reply.notice)
 
 
-async def _events(segments: AsyncIterator[Segment]) -> AsyncIterator[str]:
+async def _events(segments: AsyncIterator[Segment], ping: float) -> AsyncIterator[str]:
     texts: list[str] = []
     try:
         yield PING
-        async for segment in segments:
-            if segment.text:
+        async for segment in with_pings(segments, ping):
+            if segment is None:
+                yield PING
+            elif segment.text:
                 delta = segment.text if not texts else f" {segment.text}"
                 texts.append(segment.text)
                 yield event({"type": "transcript.text.delta", "delta": delta, **_noticed(segment)})

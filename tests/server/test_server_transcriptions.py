@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import wave
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from support.serving import DEMO, KEY, asking, serving
+from support.serving import DEMO, KEY, asking, serving, wait_for
 
 from iolite.generate.transcribe import Segment
 from iolite.server.languages import LANGUAGES
@@ -65,6 +66,33 @@ def test_a_long_recording_is_cut(client, nano):
     events = list(transcribe(client, long_recording(), stream=True))
     assert events[-1].text == found.text
     assert "".join(event.delta for event in events[:-1]) == found.text
+
+
+def test_pings_while_a_piece_is_heard(script):
+    with serving(script.model, ping=0.05) as listener, asking(listener) as http:
+        script.say("three")
+        script.gate.clear()
+        lines = []
+        asked = {"files": {"file": DIGITS.read_bytes()}, "data": {"stream": "true"}}
+        with http.stream("POST", "/v1/audio/transcriptions", **asked) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if lines.count(": ping") == 3:  # one comes at once
+                    script.gate.set()
+        assert json.loads(lines[-2].removeprefix("data: ")) == {"type": "transcript.text.done", "text": "three"}
+
+
+def test_who_leaves_a_stream_ends_it(script):
+    with serving(script.model, ping=0.05) as listener, asking(listener) as http:
+        script.say("three")
+        script.gate.clear()
+        asked = {"files": {"file": DIGITS.read_bytes()}, "data": {"stream": "true"}}
+        with http.stream("POST", "/v1/audio/transcriptions", **asked) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": ping"
+            wait_for(lambda: listener.app.state.service.answers._open)
+        wait_for(lambda: not listener.app.state.service.answers._open)
+        script.gate.set()
 
 
 @pytest.mark.parametrize(
