@@ -18,6 +18,7 @@ from starlette.responses import Response
 from iolite import __version__
 from iolite.checkpoint.names import expected_shapes
 from iolite.generate.logprobs import ScoredDelta
+from iolite.generate.model import Model
 from iolite.generate.reply import Reply, ToolCall
 from iolite.server.answers import Answer, Ask
 from iolite.server.errors import Problem, body_of
@@ -30,6 +31,7 @@ from iolite.server.wire import json_response, to_json
 from iolite.text.stream import ContentDelta, ReasoningDelta
 
 router = APIRouter(tags=["Ollama"])
+_NEVER = "9999-12-31T23:59:59Z"  # that is when the model is let go
 Fields = Callable[[str, str, list[ToolCall]], dict[str, Any]]
 """text, thoughts and calls -> the fields that hold them."""
 
@@ -123,11 +125,16 @@ def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
+def _parameters(model: Model) -> int:
+    return sum(math.prod(shape) for shape in expected_shapes(model.config).values())
+
+
 def _described(service: Service) -> dict[str, Any]:
     model, network = service.model, service.model.network
-    parameters = sum(math.prod(shape) for shape in expected_shapes(model.config).values())
+    parameters = _parameters(model)
     size = sum(weight.nbytes for weight in (*network.parameters(), *network.buffers()))
     details = {
+        "parent_model": "",
         "format": "iolite",
         "family": "gemma4",
         "families": ["gemma4"],
@@ -145,7 +152,11 @@ async def tags(request: Request) -> Response:
 
 @router.get("/api/ps", summary="The same: it is always loaded")
 async def running(request: Request) -> Response:
-    return json_response({"models": [_described(service_of(request))]})
+    service = service_of(request)
+    found = _described(service)
+    loaded = {"expires_at": _NEVER, "context_length": service.model.context}
+    loaded["size_vram"] = found["size"] if service.model.choice.device.type != "cpu" else 0
+    return json_response({"models": [found | loaded]})
 
 
 class ShowRequest(Body):
@@ -162,6 +173,8 @@ async def show(request: Request, body: ShowRequest) -> Response:
     can = [kinds[kind] for kind in service.model.config.modalities if kind in kinds]
     info = {
         "general.architecture": "gemma4",
+        "general.basename": service.name,
+        "general.parameter_count": _parameters(service.model),
         "gemma4.context_length": service.model.context,
         "gemma4.embedding_length": text.hidden_size,
         "gemma4.block_count": text.num_hidden_layers,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from iolite.errors import UsageError
+from iolite.errors import MessageError, UsageError
 from iolite.generate.model import Model
 from iolite.generate.sampling import MOST_LOGPROBS
 from iolite.server.answers import Ask
@@ -31,6 +31,7 @@ from iolite.server.logprobs import asked_for
 from iolite.server.settings import Settings
 
 MOST_GRAMMAR = 100_000  # characters
+BESIDE = ("images", "image", "audio", "audios", "video", "videos", "files", "attachments")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
@@ -71,6 +72,21 @@ class SamplingFields(Body):
         }
 
 
+class ThinkingObject(Body):
+    """Anthropic's form, which others have taken over."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+
+
+class ReasoningObject(Body):
+    """The form of OpenAI's responses and of OpenRouter."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+
+
 class ThinkingFields(Body):
     """Whether the model thinks first: every name that clients have for it."""
 
@@ -78,6 +94,8 @@ class ThinkingFields(Body):
     think: bool | Literal["low", "medium", "high"] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_object: Annotated[bool | ThinkingObject | None, Field(alias="thinking")] = None
+    reasoning: ReasoningObject | None = None
     thinking_budget: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
     reasoning_budget: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
 
@@ -87,14 +105,24 @@ class ThinkingFields(Body):
         unknown = set(template) - {"enable_thinking", "thinking", "preserve_thinking"}
         if unknown or not all(isinstance(value, bool) for value in template.values()):
             raise UsageError("chat_template_kwargs takes enable_thinking and preserve_thinking, true or false")
-        for asked in (self.think, self.enable_thinking, template.get("enable_thinking"), template.get("thinking")):
+        named, reasoning = self.thinking_object, self.reasoning or ReasoningObject()
+        if isinstance(named, ThinkingObject):
+            named = named.type != "disabled"
+        more = (template.get("enable_thinking"), template.get("thinking"), named, reasoning.enabled)
+        for asked in (self.think, self.enable_thinking, *more):
             if asked is not None:
                 return bool(asked)
-        return settings.thinking if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
+        effort = self.reasoning_effort or reasoning.effort
+        if effort is None:
+            return settings.thinking or bool(reasoning.max_tokens)
+        return effort not in ("none", "minimal")
 
     def budget(self) -> int | None:
         """Tokens of a thought; None, which clients also spell -1, is no limit."""
-        asked = self.reasoning_budget if self.thinking_budget is None else self.thinking_budget
+        named = self.thinking_object.budget_tokens if isinstance(self.thinking_object, ThinkingObject) else None
+        reasoning = self.reasoning or ReasoningObject()
+        budgets = (self.thinking_budget, self.reasoning_budget, named, reasoning.max_tokens)
+        asked = next((budget for budget in budgets if budget is not None), None)
         return None if asked == -1 else asked
 
     def preserve(self) -> bool:
@@ -123,7 +151,7 @@ class ChatRequest(SamplingFields, ThinkingFields):
         sampling["max_tokens"] = self.max_completion_tokens or self.max_tokens
         sampling["logprobs"] = asked_for(bool(self.logprobs), self.top_logprobs, "set logprobs to true as well")
         return Ask(
-            messages=with_details(self.messages, model),
+            messages=with_details(with_nothing_beside(self.messages), model),
             tools=self.tools or None,
             tool_choice=self.tool_choice,
             schema=schema_of(self.response_format),
@@ -150,6 +178,15 @@ def schema_of(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | 
         hint = 'like {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'
         raise UsageError("response_format is neither text nor json_object nor a json_schema with its schema", hint)
     return schema
+
+
+def with_nothing_beside(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The messages; MessageError for media beside a content, as Ollama has them, which nobody would read here."""
+    for number, message in enumerate(messages):
+        for name in BESIDE:
+            if message.get(name):
+                raise MessageError(f"message {number} has {name}, which are not read", "make them parts of its content")
+    return messages
 
 
 def with_details(messages: Sequence[Mapping[str, Any]], model: Model) -> list[Mapping[str, Any]]:

@@ -123,7 +123,10 @@ def test_what_is_here(client):
     shown = client.show("nano")
     assert {"completion", "vision", "audio", "tools", "thinking"} <= set(shown.capabilities)
     assert shown.modelinfo["gemma4.context_length"] == 4096
-    assert client.ps().models[0].model == "nano"
+    assert 4_300_000 < shown.modelinfo["general.parameter_count"] < 4_320_000
+    (loaded,) = client.ps().models
+    assert (loaded.model, loaded.size_vram, loaded.context_length) == ("nano", 0, 4096)
+    assert loaded.expires_at.year == 9999
 
 
 @pytest.mark.parametrize("name", ["pull", "delete", "create"])

@@ -244,6 +244,11 @@ def test_thoughts_come_apart(script, scripted_client):
     [
         {"reasoning_effort": "medium"},
         {"extra_body": {"think": True}},
+        {"extra_body": {"thinking": {"type": "enabled", "budget_tokens": 5}}},
+        {"extra_body": {"thinking": {"type": "adaptive"}}},
+        {"extra_body": {"reasoning": {"effort": "high"}}},
+        {"extra_body": {"reasoning": {"enabled": True}}},
+        {"extra_body": {"reasoning": {"max_tokens": 5}}},
         {"extra_body": {"enable_thinking": True}},
         {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}},
     ],
@@ -252,8 +257,40 @@ def test_every_name_of_thinking(client, asked):
     messages = [{"role": "user", "content": "who are you?"}]
     plain = ask(client, messages).usage.prompt_tokens
     assert ask(client, messages, max_tokens=1, **asked).usage.prompt_tokens != plain
-    for off in ({"reasoning_effort": "none"}, {"extra_body": {"think": False}}):
+    named = ({"think": False}, {"thinking": {"type": "disabled"}}, {"reasoning": {"effort": "none"}})
+    for off in ({"reasoning_effort": "none"}, *({"extra_body": field} for field in named)):
         assert ask(client, messages, max_tokens=1, **off).usage.prompt_tokens == plain
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"think": True, "thinking_budget": 4},
+        {"think": True, "reasoning_budget": 4},
+        {"thinking": {"type": "enabled", "budget_tokens": 4}},
+        {"reasoning": {"max_tokens": 4}},
+    ],
+    ids=str,
+)
+def test_a_budget_closes_a_thought(script, scripted_client, asked):
+    messages = [{"role": "user", "content": "hm"}]
+    endless = "<|channel>thought\n" + "on and on " * 30
+    script.say(endless)
+    reply = ask(scripted_client, messages, max_tokens=40, extra_body=asked)
+    assert 4 <= reply.usage.completion_tokens_details.reasoning_tokens <= 6
+    assert "on and on" in reply.choices[0].message.content
+    script.say(endless)
+    unbounded = ask(scripted_client, messages, max_tokens=40, extra_body={"think": True, "thinking_budget": -1})
+    assert unbounded.choices[0].message.content == ""
+    assert "went into thinking" in unbounded.choices[0].notice
+
+
+def test_no_budget_is_no_thought(script, scripted_client):
+    script.say("<|channel>thought\nhm<channel|>yes")
+    asked = {"think": True, "thinking_budget": 0}
+    reply = ask(scripted_client, [{"role": "user", "content": "hm"}], max_tokens=12, extra_body=asked)
+    assert reply.usage.completion_tokens_details.reasoning_tokens <= 1
+    assert "yes" in reply.choices[0].message.content
 
 
 def test_schema(client):
@@ -335,6 +372,8 @@ def test_harmless_fields_are_named(http):
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "picture"),
         (user({"type": "input_audio", "input_audio": {"data": "!!", "format": "wav"}}), "sound"),
         ([{"role": "user", "content": "<|image|>"}], "placeholder"),
+        ([{"role": "user", "content": "hi", "images": ["AAAA"]}], "images, which are not read"),
+        ([{"role": "user", "content": "hi", "audio": {"data": "AAAA"}}], "audio, which are not read"),
         ([{"role": "user", "content": "\ud800"}], "Unicode"),
         ([{"role": "user", "content": "word " * 5000}], "context"),
     ],
