@@ -26,7 +26,6 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 _CHANGING: dict[str, tuple[Any, ...]] = {
     "container": (None,),
     "mcp_servers": (None, []),
-    "output_config": (None, {}),
     "output_format": (None,),
 }
 
@@ -34,7 +33,11 @@ _CHANGING: dict[str, tuple[Any, ...]] = {
 @router.post(MESSAGES, summary="Answer a conversation")
 async def messages(request: Request, body: MessagesRequest) -> Response:
     service = service_of(request)
-    headers = headers_for(ignored(body, _CHANGING))
+    names = ignored(body, _CHANGING)
+    if body.output_config:
+        names += [f"output_config.{name}" for name in ignored(body.output_config)]
+        names += ["output_config.effort"] if body.output_config.effort else []
+    headers = headers_for(names)
     answer = await service.answers.start(body.ask(service.settings))
     if body.stream:
         failed = lambda problem: event(body_of(MESSAGES, problem), "error")  # noqa: E731

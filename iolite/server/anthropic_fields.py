@@ -11,7 +11,15 @@ from pydantic import Field
 from iolite.errors import MessageError, UsageError
 from iolite.server.answers import Ask
 from iolite.server.fields import MOST_TOKENS, Body, Messages, Probability, StopText, Temperature, Tokens, Tools, TopK
+from iolite.server.openai_fields import schema_of
 from iolite.server.settings import Settings
+
+
+class OutputConfig(Body):
+    """format: {"type": "json_schema", "schema": {…}}. effort: nothing here has degrees of it."""
+
+    format: dict[str, Any] | None = None
+    effort: str | None = None
 
 
 class MessagesRequest(Body):
@@ -29,16 +37,18 @@ class MessagesRequest(Body):
     tools: Tools | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
     image_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
 
     def ask(self, settings: Settings) -> Ask:
         thinks, budget = thinking_of(self.thinking, settings)
-        choice = self.tool_choice or {}
+        choice, form = self.tool_choice or {}, self.output_config and self.output_config.format
         return Ask(
             messages=messages_of(self.system, self.messages),
             tools=[tool_of(tool) for tool in self.tools or []] or None,
             tool_choice=choice_of(choice),
             parallel_tool_calls=not choice.get("disable_parallel_tool_use"),
+            schema=schema_of({"type": form.get("type"), "json_schema": form}, "output_config.format") if form else None,
             thinking=thinks,
             thinking_budget=budget,
             image_tokens=self.image_tokens,

@@ -166,8 +166,11 @@ class ChatRequest(SamplingFields, ThinkingFields):
         )
 
 
-def schema_of(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The JSON schema that an answer must have; None: it is free. UsageError for a format of another kind."""
+def schema_of(response_format: Mapping[str, Any] | None, name: str = "response_format") -> Mapping[str, Any] | None:
+    """The JSON schema that an answer must have; None: it is free. UsageError for a format of another kind.
+
+    name: of the field, for that.
+    """
     if response_format is None or response_format.get("type") == "text":
         return None
     if response_format.get("type") == "json_object":
@@ -176,7 +179,7 @@ def schema_of(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | 
     schema = wrapped.get("schema") if isinstance(wrapped, Mapping) else None
     if response_format.get("type") != "json_schema" or not isinstance(schema, Mapping):
         hint = 'like {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'
-        raise UsageError("response_format is neither text nor json_object nor a json_schema with its schema", hint)
+        raise UsageError(f"{name} is neither text nor json_object nor a json_schema with its schema", hint)
     return schema
 
 

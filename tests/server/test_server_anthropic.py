@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+from typing import Literal
 
 import anthropic
+import pydantic
 import pytest
 from PIL import Image
 from support.pdf import a_pdf, a_scan, locked
@@ -91,6 +93,18 @@ def test_thoughts_and_tools(script, scripted):
         history.append({"role": "user", "content": [*results, {"type": "text", "text": "so?"}]})
         script.say("take an umbrella")
         assert ask(client, history, tools=[WEATHER]).content[0].text == "take an umbrella"
+
+
+def test_schema(client):
+    class Number(pydantic.BaseModel):
+        n: Literal[4, 7]
+
+    asked = {"model": "x", "max_tokens": 60, "messages": QUESTION}
+    assert client.messages.parse(output_format=Number, **asked).parsed_output.n in (4, 7)
+    raw = client.messages.with_raw_response.create(output_config={"effort": "low"}, **asked)
+    assert raw.headers["x-iolite-ignored"] == "output_config.effort"
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format"):
+        client.messages.create(output_config={"format": {"type": "json_schema"}}, **asked)
 
 
 def test_tool_choice(script, scripted):
