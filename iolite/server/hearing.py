@@ -115,7 +115,7 @@ class Hearing(ABC):
         await self._close(_CLOSING.get(problem.status, 1011))
 
     async def _close(self, code: int) -> None:
-        with contextlib.suppress(RuntimeError):  # the client was faster
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client was faster
             await self.socket.close(code)
 
     async def send(self, message: dict[str, Any]) -> None:

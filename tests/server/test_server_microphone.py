@@ -177,6 +177,16 @@ def test_who_goes_away_during_the_answer_finds_what_there_was(script, scripted, 
         assert answer["text"] and LONG.startswith(answer["text"])
 
 
+def test_a_client_that_hangs_up_first_is_no_fault(server, capfd):
+    for _ in range(20):  # it is a race
+        with microphone_of(server, settings=GREEDY, silence_ms=None) as talk:
+            talk.send(DIGITS[:6400])
+            send(talk, "commit")
+            until(talk, "end")
+    wait_for(lambda: idle(server))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["route", "message"])
 def test_stop(script, scripted, how):
     script.say(LONG)
