@@ -97,8 +97,16 @@ def _cors(settings: Settings) -> list[Middleware]:
     """Answers to browsers' questions, for the origins that were named and no others."""
     if not settings.origins:
         return []
-    named, methods = list(settings.origins), ["GET", "POST", "DELETE"]
-    return [Middleware(CORSMiddleware, allow_origins=named, allow_methods=methods, allow_headers=["*"])]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            allow_private_network=True,  # a site of the Internet that asks this machine
+            expose_headers=["Retry-After", "X-Iolite-Ignored"],
+        )
+    ]
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -386,6 +387,32 @@ def test_a_public_url_without_redirects(nano, monkeypatch):
         outside.shutdown()
         thread.join()
         outside.server_close()
+
+
+def test_a_name_that_leads_elsewhere_by_the_time_it_is_used(nano, monkeypatch):
+    """It is looked up once, and what was found then is connected to."""
+    looked_up, connected = [], []
+    real, real_connect = socket.getaddrinfo, socket.create_connection
+
+    def getaddrinfo(host, port, *more, **named):
+        if host != "rebound.example":
+            return real(host, port, *more, **named)
+        looked_up.append(host)
+        address = "93.184.215.14" if len(looked_up) == 1 else "127.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    def connect(address, timeout, **named):
+        if named:  # the test's own client
+            return real_connect(address, timeout, **named)
+        connected.append(address)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(fetch.socket, "create_connection", connect)
+    with serving(nano, allow_urls=True) as listener, asking(listener) as http:
+        refused(http.post(CHAT, json=picture("http://rebound.example/x.png")))
+    assert looked_up == ["rebound.example"]
+    assert connected == [("93.184.215.14", 80)]
 
 
 # ---- what the model says ----

@@ -88,6 +88,8 @@ def test_an_origin_that_was_named(nano):
         assert client.get("/v1/models", headers=friend).headers["access-control-allow-origin"] == friend["Origin"]
         asked = friend | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         assert httpx.options(listener.url + CHAT, headers=asked).status_code == 200
+        local = httpx.options(listener.url + CHAT, headers=asked | {"Access-Control-Request-Private-Network": "true"})
+        assert local.headers["access-control-allow-private-network"] == "true"
         asked["Access-Control-Request-Method"] = "DELETE"
         assert httpx.options(f"{listener.url}/v1/responses/x", headers=asked).status_code == 200
         assert httpx.get(f"{listener.url}/v1/models", headers=friend).status_code == 401
