@@ -468,6 +468,12 @@ def test_by_keyboard_alone(script, scripted, open_page):
     expect(page.locator("#search")).to_be_focused()
     page.keyboard.press("ArrowDown")
     expect(page.locator("#chats button").first).to_be_focused()
+    page.evaluate(
+        """document.querySelector("#chats button").className = "old";
+           document.querySelector("#search").dispatchEvent(new Event("input"))"""
+    )
+    expect(page.locator("#chats button.old")).to_have_count(0)
+    expect(page.locator("#chats button").first).to_be_focused()  # in the list that has been made anew, too
     page.keyboard.press("Control+Shift+O")
     expect(page.locator("#empty")).to_be_visible()
     page.reload()
