@@ -41,6 +41,7 @@ class LayerCache(ABC):
         self.buffers: list[Tensor] = []  # [rows, K, width]
         self.scales: list[Tensor] = []  # [rows, K], of int8
         self.used = 0  # rows that have ever been written
+        self.row_bytes = 0  # of one token, 0 before the first; kept, for it is asked for often and of many caches
 
     @abstractmethod
     def extend(self, k: Tensor, v: Tensor, start: int, key_weight: Tensor | None = None) -> Keys:
@@ -91,6 +92,7 @@ class LayerCache(ABC):
         new = [store.transpose(0, 1) for store in made if store is not None]
         count = len(self.layout.widths)
         self.buffers, self.scales = new[:count], [scale[..., 0] for scale in new[count:]]
+        self.row_bytes = sum(store[0].numel() * store.element_size() for store in self.stores)
         for store, before in zip(self.stores, old, strict=False):
             store[:room] = before
 
@@ -114,11 +116,6 @@ class LayerCache(ABC):
         rows = min(rows, self.used)
         if rows:
             other.put([store[:rows] for store in self.stores], 0)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token; 0 before the first."""
-        return sum(store[0].numel() * store.element_size() for store in self.stores)
 
     @property
     def num_bytes(self) -> int:
@@ -217,7 +214,7 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of the rows that have been written; what is reserved beyond them takes no memory on a CPU."""
-        return sum(layer.num_bytes for layer in self.layers)
+        return sum([layer.used * layer.row_bytes for layer in self.layers])
 
     @property
     def earliest(self) -> int:

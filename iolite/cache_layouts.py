@@ -163,5 +163,6 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     magnitude of each vector / 127. Within half a scale; zeros and what is below 2^-120 become zeros."""
     x = x.float()
     most = x.abs().amax(-1)
-    inverse = torch.where(most > 2.0**-120, 127 / most, 0.0)
+    # Of two tensors: a number over a tensor is to torch its reciprocal times the number, not what the kernels compute.
+    inverse = torch.where(most > 2.0**-120, most.new_full((), 127.0) / most, 0.0)
     return (x * inverse[..., None]).round().to(torch.int8), most / 127

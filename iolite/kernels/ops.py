@@ -61,6 +61,10 @@ def _packed(x: Tensor) -> ModuleType | None:
     return _triton() if _allowed and x.device.type == "cuda" else None
 
 
+def _is_few(x: Tensor) -> bool:
+    return x.dim() == 2 and 0 < x.shape[0] <= cpu.most_tokens(x.shape[1])
+
+
 def _triton() -> ModuleType | None:
     from iolite.kernels import triton
 
@@ -116,7 +120,7 @@ def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> 
 def block(layer: nn.Module, x: Tensor) -> cpu.Block | None:
     """The two halves of a decoder layer around attention as one call each, for few tokens x [N, M];
     None where the layer has to be gone through operation by operation."""
-    return cpu.block(layer) if x.dim() == 2 and 0 < x.shape[0] <= cpu.MOST_TOKENS and _packed(x) is cpu else None
+    return cpu.block(layer) if _is_few(x) and _packed(x) is cpu else None
 
 
 def stack(
@@ -125,7 +129,7 @@ def stack(
     """Few new tokens x [N, M] of some sequences through all decoder layers in one call, writing to their caches;
     sliding and full are (cos, sin) [N, D/2] of the two kinds of layer. None where the layers have to be gone through
     one by one."""
-    if segments is None or x.dim() != 2 or not 0 < x.shape[0] <= cpu.MOST_TOKENS or _packed(x) is not cpu:
+    if segments is None or not _is_few(x) or _packed(x) is not cpu:
         return None
     return cpu.stack(layers, x, sliding, full, segments)
 
@@ -147,8 +151,7 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., C] times every row of a float table [R, C]: [..., R]."""
-    few = x.dim() == 2 and x.shape[0] <= cpu.MOST_TOKENS
-    if few and _on_cpu(x) and weight.dtype is torch.float32 and weight.is_contiguous():
+    if _is_few(x) and _on_cpu(x) and weight.dtype is torch.float32 and weight.is_contiguous():
         return cpu.float_linear(x, weight)
     return F.linear(x, weight)
 

@@ -158,8 +158,10 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Of all sequences; of those in use, at least what their prompts will take."""
-        out = sum(max(lease.expected, lease.kept.num_bytes) for lease in list(self._out))
-        return out + sum(kept.num_bytes for kept in list(self._kept))
+        return self._out_bytes() + sum([kept.num_bytes for kept in list(self._kept)])
+
+    def _out_bytes(self) -> int:
+        return sum(max(lease.expected, lease.kept.num_bytes) for lease in list(self._out))
 
     @property
     def budget_bytes(self) -> int | None:
@@ -312,8 +314,7 @@ class PrefixCache:
 
     def _has_room(self, wanted: int, beside: Kept) -> bool:
         """Whether there would be room beside one sequence and those in use, with everything else gone."""
-        out = self.num_bytes - sum(kept.num_bytes for kept in self._kept)
-        return self.budget_bytes is None or out + beside.num_bytes + wanted <= self.budget_bytes
+        return self.budget_bytes is None or self._out_bytes() + beside.num_bytes + wanted <= self.budget_bytes
 
     def _make_room(self, wanted: int) -> None:
         """Lets go of what was used least recently, until there is room for that many bytes or nothing left."""

@@ -61,7 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("number", [SLIDING, FULL])
 def test_the_same_bits_as_operation_by_operation(decoder, number, isa, monkeypatch):
     with code_path(isa):
-        for n in (1, 2, 3, 8, 9, cpu.MOST_TOKENS):
+        for n in (1, 2, 3, 8, 9, 24, 40):
             layer, x, angles = example(decoder, number, n)
             assert ops.block(layer, x) is not None
             fused = layer(x, angles, attend)
@@ -99,7 +99,7 @@ def test_it_sees_weights_that_were_replaced(decoder, monkeypatch):
 def test_float_weights_are_read_where_they_lie(number, isa, monkeypatch):
     decoder = decoder_of(None)
     with code_path(isa):
-        for n in (1, 2, 3, 8, 9, cpu.MOST_TOKENS):
+        for n in (1, 2, 3, 8, 9, 24, 40):
             layer, x, angles = example(decoder, number, n)
             fused = layer(x, angles, attend)
             with monkeypatch.context() as context:
@@ -138,7 +138,7 @@ def test_other_weights_and_norms_adapters_and_hooks_go_operation_by_operation(de
 
 
 def test_few_tokens_without_gradient_and_not_for_the_reference(decoder, monkeypatch):
-    layer, x, _ = example(decoder, SLIDING, cpu.MOST_TOKENS)
+    layer, x, _ = example(decoder, SLIDING, cpu.most_tokens(decoder.config.hidden_size))
     assert ops.block(layer, x) is not None
     assert ops.block(layer, torch.cat((x, x[:1]))) is None
     assert ops.block(layer, x[:0]) is None
@@ -148,6 +148,11 @@ def test_few_tokens_without_gradient_and_not_for_the_reference(decoder, monkeypa
         assert ops.block(layer, x) is None
     with torch.inference_mode(False), torch.enable_grad():
         assert ops.block(layer, x) is None
+
+
+def test_few_tokens_are_as_many_as_are_few_numbers():
+    assert cpu.most_tokens(3840) == cpu.most_tokens(8192) == 24
+    assert cpu.most_tokens(192) == 20 * 24
 
 
 def test_a_layer_that_is_gone_is_forgotten():

@@ -72,7 +72,7 @@ def assert_same_cache(a: KVCache, b: KVCache) -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_same_bits_as_layer_by_layer(network, dtype, shared, isa, monkeypatch):
     """Before and after the window and the ring are full, and with passes that go around the ring's end."""
-    sizes = [1, 1, 5, 8, 1, 9, cpu.MOST_TOKENS, 1, 3, 1, 17, 1, 1]
+    sizes = [1, 1, 5, 8, 1, 9, 24, 1, 3, 1, 17, 1, 28, 1]
     with code_path(isa):
         one, other = (KVCache(network.config.text, 200, dtype, slack=30, shared=shared) for _ in range(2))
         found = run(network, one, sizes)
@@ -115,10 +115,10 @@ def test_it_is_used_for_few_tokens_without_two_way_blocks(network, monkeypatch):
     real = cpu.stack
     monkeypatch.setattr(cpu, "stack", lambda *arguments: (calls.append(True), real(*arguments))[1])
     config, device = network.config.text, torch.device("cpu")
-    cache = KVCache(config, 100)
-    run(network, cache, [cpu.MOST_TOKENS])
+    cache, most = KVCache(config, 2000), cpu.most_tokens(config.hidden_size)
+    run(network, cache, [most])
     assert len(calls) == 1
-    run(network, cache, [cpu.MOST_TOKENS + 1])
+    run(network, cache, [most + 1])
     two_way = Segment(cache, 3, torch.tensor([0, 1, 1]))
     network(torch.tensor([5, 6, 7]), RaggedBatch(config, [two_way], Media(), device))
     network(torch.tensor([5, 6, 7, 8]), RaggedBatch(config, [two_way, Segment(cache, 1)], Media(), device))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from iolite.kernels.cpu.library import BlockArg, MatrixArg, loaded
 from iolite.kernels.cpu.products import FLOAT, matrix_argument
 
-MOST_TOKENS = 24
-"""Beyond that the kernels take longer than what is between them, and what lies between them gets large."""
+_MOST_TOKENS, _MOST_NUMBERS = 24, 24 * 3840
+"""Beyond that many tokens the kernels of a large model take longer than what is between them, and what lies between
+them gets large; of a small model as many tokens are few as are no more numbers."""
 
 Link = tuple[dict[str, Any], str, Any]
 
@@ -34,6 +35,11 @@ _VECTORS = {
 _MATRICES = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
 _blocks: WeakKeyDictionary[nn.Module, Block] = WeakKeyDictionary()
+
+
+def most_tokens(size: int) -> int:
+    """How many tokens of `size` numbers are few."""
+    return max(_MOST_TOKENS, _MOST_NUMBERS // size)
 
 
 def block(layer: nn.Module) -> Block | None:
