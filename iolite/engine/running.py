@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
@@ -29,6 +30,8 @@ class Running:
         self.cached_tokens = 0  # of the prompt, that were read before
         self.drafting: Drafting | None = None  # how that went
         self.cancelled = False
+        self.before_wait: Callable[[], None] | None = None  # called by the reader when it has read all that there is
+        self._ended = threading.Event()
         self._on_cancel = on_cancel
         self._coming: SimpleQueue[tuple[Drawn, float] | BaseException | None] = SimpleQueue()
         self._iterated = False
@@ -41,7 +44,7 @@ class Running:
 
     def _run(self) -> Iterator[Drawn]:
         try:
-            while (came := self._coming.get()) is not None:
+            while (came := self._next()) is not None:
                 if isinstance(came, BaseException):
                     raise came
                 drawn, seconds = came
@@ -56,6 +59,15 @@ class Running:
         finally:
             self.cancel()
 
+    def _next(self) -> tuple[Drawn, float] | BaseException | None:
+        if self.before_wait and self._coming.empty():
+            self.before_wait()
+        return self._coming.get()
+
+    def gather(self, seconds: float) -> None:
+        """Waits for so long, in which tokens may come together, but not longer than until the last one is there."""
+        self._ended.wait(seconds)
+
     def cancel(self) -> None:
         """Ends the answer here: whoever iterates over it gets no more, and its place is free after the step that is
         under way. Of an answer that has ended nothing changes."""
@@ -66,7 +78,10 @@ class Running:
     def put(self, drawn: Drawn, seconds: float) -> None:
         """The engine's: one more token, and how long after the last."""
         self._coming.put((drawn, seconds))
+        if drawn.finish_reason:
+            self._ended.set()
 
     def end(self, error: BaseException | None) -> None:
         """The engine's: there will be no more tokens, because of an error or because nobody wants them."""
         self._coming.put(error)
+        self._ended.set()

@@ -433,3 +433,26 @@ def test_constraints_see_what_is_drawn_and_nothing_else():
             assert json.loads(model.tokenizer.decode(answer[:-1])) in [{"a": value} for value in values]
             complete += 1
     assert complete
+
+
+def test_a_reader_hears_when_it_has_read_all_that_there_is(model):
+    engine = Stepped(model, slots=1)
+    running, seen, heard = engine.submit(prompt_of(), SHORT), [], []
+    running.before_wait = lambda: (heard.append(len(seen)), engine.step(), engine.step())
+    for drawn in running:
+        seen.append(drawn.id)
+    assert len(seen) == 6 and heard[0] == 0 and heard == sorted(set(heard)) and len(heard) <= 4
+
+
+def test_tokens_are_not_gathered_beyond_the_last_one(model):
+    engine = Stepped(model, slots=2)
+    whole, left = engine.submit(prompt_of(0), SHORT), engine.submit(prompt_of(1), LONG)
+    whole.gather(0.001)
+    engine.step()
+    left.cancel()
+    begin = time.monotonic()
+    left.gather(60)
+    while engine._stirs():
+        engine.step()
+    whole.gather(60)
+    assert time.monotonic() - begin < 60
