@@ -73,9 +73,14 @@ def test_a_header_is_written_last_into_room_that_was_left() -> None:
 def test_a_file_that_could_not_be_finished_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"old")
-    with pytest.raises(WriteError, match="No space left"), replacing(path) as file:
-        file.write(bytes(40))
-        raise OSError(28, "No space left on device")
+
+    def run_out_of_space() -> None:
+        with replacing(path) as file:
+            file.write(bytes(40))
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(WriteError, match="No space left"):
+        run_out_of_space()
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
     assert path.read_bytes() == b"old"
 
