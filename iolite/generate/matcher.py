@@ -31,6 +31,7 @@ _FORMATS = frozenset(
 )  # fmt: skip
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NO_SCHEMAS = ("enum", "const", "default", "example", "examples", "required")
+_EXACT = 2**53  # llguidance keeps numbers as doubles, which tell whole numbers apart up to here
 
 
 class Grammars:
@@ -51,10 +52,13 @@ class Grammars:
             raise UsageError(f"the schema is a {type(schema).__name__}", "give a JSON Schema as an object")
         try:
             text = json.dumps(_without_unknown_formats(schema))
+            large = _beyond_exact(schema)
         except (TypeError, ValueError, RecursionError):
             raise UsageError(
                 "the schema is not JSON", "a JSON Schema is made of objects, lists, texts and numbers"
             ) from None
+        if large is not None:
+            raise UsageError(f"the schema cannot be used: the value {large} is beyond 2^53", "give it as a string")
         try:
             grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
         except ValueError as error:
@@ -200,6 +204,20 @@ def _without_unknown_formats(schema: Any) -> Any:
         else:
             found[key] = value if key in _NO_SCHEMAS else _without_unknown_formats(value)
     return found
+
+
+def _beyond_exact(schema: Any, chosen: bool = False) -> int | None:
+    """A whole number among the values that a schema gives to choose from that another could be written for, or None."""
+    if isinstance(schema, list | tuple):
+        inner = [(item, chosen) for item in schema]
+    elif isinstance(schema, Mapping):
+        named = [schema[key] for key in _NAMED_SCHEMAS if isinstance(schema.get(key), Mapping) and not chosen]
+        inner = [(item, False) for schemas in named for item in schemas.values()]
+        rest = schema if chosen else schema.keys() - _NAMED_SCHEMAS
+        inner += [(schema[key], chosen or key in ("enum", "const")) for key in rest]
+    else:
+        return schema if chosen and isinstance(schema, int) and abs(schema) > _EXACT else None
+    return next((found for item in inner if (found := _beyond_exact(*item)) is not None), None)
 
 
 def _first_line(error: str) -> str:

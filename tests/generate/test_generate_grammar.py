@@ -52,7 +52,8 @@ simple = st.one_of(
     ),
     st.builds(lambda a: {"type": "number", "exclusiveMinimum": a, "maximum": a + 2}, st.integers(-9, 9)),
     st.builds(
-        lambda values: {"enum": values}, st.lists(st.one_of(names, st.integers(), st.none()), min_size=1, max_size=4)
+        lambda values: {"enum": values},
+        st.lists(st.one_of(names, st.integers(-(2**53), 2**53), st.none()), min_size=1, max_size=4),
     ),
     st.just({"type": "string", "format": "date"}),
     st.just({"type": "string", "format": "no-such-format"}),
@@ -194,6 +195,11 @@ def test_a_budget_closes_the_thought(budget, asked):
 # What cannot be honoured
 
 
+def test_limits_and_properties_are_no_values_to_choose_from():
+    limits = {"type": "integer", "maximum": 2**63 - 1}
+    constraint(schema={"properties": {"enum": limits, "const": limits}, "enum": [{"properties": 3}]})
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
@@ -207,6 +213,7 @@ def test_a_budget_closes_the_thought(budget, asked):
         ({"schema": {"enum": [{1}]}}, "not JSON"),
         ({"schema": DEEP}, "schema cannot be used"),
         ({"schema": {"enum": [float("nan")]}}, "schema cannot be used"),
+        ({"schema": {"items": {"enum": [2**53, {"a": -(2**53) - 1}]}}}, "-9007199254740993 is beyond 2^53"),
         ({"grammar": "begin: x"}, "grammar cannot be used"),
         ({"grammar": "start: <turn|>"}, "names the token <turn|>"),
         ({"grammar": "start: <[16]>"}, "names the token"),
