@@ -53,6 +53,7 @@ class _Child:
             env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ},
             start_new_session=True,  # its own process group: killed with its fork, and deaf to the user's Ctrl-C
         )
+        _all.add(self)
         assert self.process.stdin and self.process.stdout
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
 
@@ -100,6 +101,7 @@ class _Child:
     def close(self) -> None:
         self.kill()
         self.process.wait()
+        _all.discard(self)
         self.stdout.close()
         with contextlib.suppress(OSError):  # what was not yet written has nowhere to go
             self.stdin.close()
@@ -107,6 +109,7 @@ class _Child:
 
 _lock = threading.Lock()
 _idle: list[_Child] = []
+_all: set[_Child] = set()  # those that decode, too
 
 
 def decode(
@@ -178,6 +181,13 @@ def close() -> None:
             _idle.pop().close()
 
 
+def kill_all() -> None:
+    """End all children, also those at work. For a process that ends without waiting for its threads; takes no lock,
+    since one of them may have it."""
+    for child in tuple(_all):
+        child.kill()
+
+
 def _forget() -> None:
     """In a fork of this process: the children belong to the parent."""
     global _lock
@@ -187,6 +197,7 @@ def _forget() -> None:
         child.stdin.close()
         child.stdout.close()
     _idle.clear()
+    _all.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import os
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -11,10 +14,13 @@ import uvicorn
 
 from iolite.errors import UsageError
 from iolite.generate.model import Model
+from iolite.media import worker
 from iolite.server.app import make_app
+from iolite.server.connections import Connection
 from iolite.server.settings import Settings
 
 MOST_CONNECTIONS = 1000  # beyond it connections are answered with 503
+LAST_WORDS = 0.5  # seconds between the second signal and the end, in which streams are told
 
 
 class Listener(uvicorn.Server):
@@ -30,6 +36,7 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self.app,
+                http=Connection,
                 log_level="critical",  # errors are told by iolite/server/errors.py; addresses may hold a key
                 access_log=False,
                 server_header=False,
@@ -60,11 +67,20 @@ class Listener(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets answers end, the second does not."""
-        if self.should_exit:
+        """The first signal lets answers end, the second ends the process, whatever its threads are doing."""
+        if self.should_exit and not self.force_exit:
             self.force_exit = True
             self.app.state.service.answers.hurry()
+            _thread.start_new_thread(_end, (sig,))  # takes no lock that what was interrupted may hold
         self.should_exit = True
+
+
+def _end(sig: int) -> None:
+    """Ends the process soon. Python itself would wait for every thread that makes a prompt, and leave the children
+    that decode for it. What chats hold is stored already."""
+    time.sleep(LAST_WORDS)
+    worker.kill_all()
+    os._exit(128 + sig)
 
 
 def _bind(settings: Settings) -> socket.socket:
