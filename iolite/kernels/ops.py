@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -124,7 +124,7 @@ def block(layer: nn.Module, x: Tensor) -> cpu.Block | None:
 
 
 def stack(
-    layers: Iterable[nn.Module], x: Tensor, sliding: Angles, full: Angles, segments: Sequence[Segment] | None
+    layers: nn.ModuleList, x: Tensor, sliding: Angles, full: Angles, segments: Sequence[Segment] | None
 ) -> Tensor | None:
     """Few new tokens x [N, M] of some sequences through all decoder layers in one call, writing to their caches;
     sliding and full are (cos, sin) [N, D/2] of the two kinds of layer. None where the layers have to be gone through

@@ -6,7 +6,8 @@ six hundred kernels for a token, or two hundred with these. They call the same k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from ctypes import byref
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,7 +47,7 @@ def block(layer: nn.Module) -> Block | None:
     """The block of a decoder layer (`iolite/model/layers.py`); None where its weights are neither packed nor float32,
     its norms are not float32, or a module in it has a hook."""
     found = _blocks.get(layer)
-    if found is not None and found.is_current():
+    if found is not None and found.made_of.hold():
         return found
     made = Block.of(layer)
     if made is not None:
@@ -54,13 +55,26 @@ def block(layer: nn.Module) -> Block | None:
     return made
 
 
+class Links:
+    """What a description was made of. It is looked at before every pass, so in loops that are not Python's."""
+
+    def __init__(self, links: Sequence[Link], hooks: Sequence[Any]) -> None:
+        """hooks: where hooks would be."""
+        self.links, self.hooks = links, hooks
+        self._holders, self._names, self._values = zip(*links, strict=True)
+
+    def hold(self) -> bool:
+        """Whether everything is still where it was, and no module has got a hook."""
+        now = map(dict.get, self._holders, self._names)
+        return all(map(operator.is_, now, self._values)) and not any(self.hooks)
+
+
 class Block:
     """Where the weights of a decoder layer lie, as the kernels are told."""
 
-    def __init__(self, argument: BlockArg, links: list[Link], hooks: list[Any], key_weight: Tensor) -> None:
-        """links: what the argument was made of; it keeps those tensors alive. hooks: where hooks would be. key_weight
-        [D]: of the norm of the keys."""
-        self._links, self._hooks, self.key_weight = links, hooks, key_weight
+    def __init__(self, argument: BlockArg, made_of: Links, key_weight: Tensor) -> None:
+        """made_of: keeps the argument's tensors alive. key_weight [D]: of the norm of the keys."""
+        self.made_of, self.key_weight = made_of, key_weight
         self.argument, self._at = argument, byref(argument)
         q, k = argument.qkv[0].rows, argument.qkv[1].rows
         self._size, self._head_dim = argument.size, argument.head_dim
@@ -89,11 +103,7 @@ class Block:
             setattr(argument, name, vector.data_ptr())
         tensors = (*(f"{path}.weight" for path in paths), *_VECTORS.values())
         links = {(id(link[0]), link[1]): link for path in tensors for link in _links(layer, path)}  # each once
-        return cls(argument, list(links.values()), hooks, vectors["k_norm"])
-
-    def is_current(self) -> bool:
-        """Whether the layer still has the tensors that this was made of, and no hooks."""
-        return all(holder.get(name) is value for holder, name, value in self._links) and not any(self._hooks)
+        return cls(argument, Links(list(links.values()), hooks), vectors["k_norm"])
 
     def begin(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [n, M] -> queries [n, H, D], keys and values [n, K, D]: normalised, and turned by cos and sin [n, D/2]."""

@@ -6,29 +6,33 @@ library once (`block.py`), the cache's buffers whenever they are others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from ctypes import c_void_p
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iolite.kernels.cpu.attention import KINDS
-from iolite.kernels.cpu.block import Block, block
+from iolite.kernels.cpu.block import Block, Links, block
 from iolite.kernels.cpu.library import BlockArg, CacheArg, SegmentArg, loaded
 
 Angles = tuple[Tensor, Tensor]
 
-_stacks: WeakKeyDictionary[Any, _Blocks] = WeakKeyDictionary()
+_stacks: WeakKeyDictionary[nn.ModuleList, _Blocks] = WeakKeyDictionary()
 _caches: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
 
 
 class _Blocks:
     """The layers of a decoder, as the library is told."""
 
-    def __init__(self, parts: list[Block]) -> None:
-        self.parts, self.argument = parts, (BlockArg * len(parts))(*(part.argument for part in parts))
+    def __init__(self, layers: nn.ModuleList, parts: list[Block]) -> None:
+        self.argument = (BlockArg * len(parts))(*(part.argument for part in parts))
+        self.key_weights = [part.key_weight for part in parts]
+        own = [(layers._modules, name, layer) for name, layer in layers._modules.items()]
+        links = [link for part in parts for link in part.made_of.links]
+        self.made_of = Links([*own, *links], [hooks for part in parts for hooks in part.made_of.hooks])
 
 
 class _Rows:
@@ -59,7 +63,7 @@ def _argument(layer: Any) -> CacheArg:
     )  # fmt: skip
 
 
-def stack(layers: Iterable[Any], x: Tensor, sliding: Angles, full: Angles, segments: Sequence[Any]) -> Tensor | None:
+def stack(layers: nn.ModuleList, x: Tensor, sliding: Angles, full: Angles, segments: Sequence[Any]) -> Tensor | None:
     """x [n, M] through decoder layers. Each segment says how many of its tokens continue which KVCache, whose keys and
     values are written after its `length` tokens; returns [n, M].
 
@@ -73,24 +77,25 @@ def stack(layers: Iterable[Any], x: Tensor, sliding: Angles, full: Angles, segme
     cos, sin = ((c_void_p * 2)(*(t.data_ptr() for t in pair)) for pair in (angles[:2], angles[2:]))
     count, library = len(segments), loaded()
     told = (SegmentArg * count)(*[SegmentArg(_rows(s.cache).argument, s.n, s.cache.length) for s in segments])
-    library.stack(library.pool, blocks.argument, len(blocks.parts), told, count, x.data_ptr(), cos, sin)
+    library.stack(library.pool, blocks.argument, len(blocks.argument), told, count, x.data_ptr(), cos, sin)
     return x
 
 
-def _blocks_of(layers: Iterable[Any]) -> _Blocks | None:
-    parts = [block(layer) for layer in layers]
+def _blocks_of(layers: nn.ModuleList) -> _Blocks | None:
     found = _stacks.get(layers)
-    if found is None or found.parts != parts:
-        if None in parts:
-            return None
-        found = _stacks[layers] = _Blocks([part for part in parts if part is not None])
+    if found is not None and len(layers) == len(found.argument) and found.made_of.hold():
+        return found
+    parts = [made for layer in layers if (made := block(layer)) is not None]
+    if not parts or len(parts) < len(layers):
+        return None
+    found = _stacks[layers] = _Blocks(layers, parts)
     return found
 
 
 def _has_place(blocks: _Blocks, segment: Any) -> bool:
     """Whether the tokens of a segment can be written to its cache, where they now have room."""
     takes = segment.cache.dtype is None or segment.cache.dtype in KINDS
-    return takes and segment.cache.place(segment.n, [part.key_weight for part in blocks.parts])
+    return takes and segment.cache.place(segment.n, blocks.key_weights)
 
 
 def _rows(cache: Any) -> _Rows:
