@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
@@ -56,44 +57,56 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     service = service_of(request)
     model = service.model
     headers = headers_for(ignored(body))
-    if body.dimensions not in (None, model.config.text.hidden_size):
-        raise UsageError(f"the vectors have {model.config.text.hidden_size} dimensions", "leave dimensions out")
-    texts = _texts(body.input)
-    service.answers.enter(1)
-    try:
-        data, count = await _embedded(request, service, texts, body.encoding_format == "base64")
-    finally:
-        service.answers.leave(1)
+    check_dimensions(model, body.dimensions)
+    vectors, count = await vectors_of(request, service, _texts(body.input))
+    data = [
+        {"object": "embedding", "index": index, "embedding": _shown(vector, body.encoding_format == "base64")}
+        for index, vector in enumerate(vectors)
+    ]
     usage = {"prompt_tokens": count, "total_tokens": count}
     return json_response(
         {"object": "list", "data": data, "model": service.name, "usage": usage, "note": NOTE}, headers=headers
     )
 
 
-async def _embedded(
-    request: Request, service: Service, texts: list[Any], packed: bool
-) -> tuple[list[dict[str, Any]], int]:
-    """The vectors as they are shown, and how many tokens they are of. Ends with the text that is being read when the
-    client goes away."""
-    prompts = await service.answers.prepared(lambda: [_prompt(service.model, text) for text in texts])
-    data: list[dict[str, Any]] = []
+def check_dimensions(model: Model, asked: int | None) -> None:
+    """UsageError for vectors of another length than there is."""
+    if asked not in (None, model.config.text.hidden_size):
+        raise UsageError(f"the vectors have {model.config.text.hidden_size} dimensions", "leave dimensions out")
 
-    async def embed_all() -> None:
-        loop = asyncio.get_running_loop()
-        for index, prompt in enumerate(prompts):
-            vector = await loop.run_in_executor(_one_at_a_time, embed, service.model, prompt)
-            shown = base64.b64encode(vector.tobytes()).decode() if packed else vector.tolist()
-            data.append({"object": "embedding", "index": index, "embedding": shown})
 
-    await until_gone(request, embed_all())
-    return data, sum(len(prompt.ids) for prompt in prompts)
+def _shown(vector: np.ndarray, packed: bool) -> str | list[float]:
+    return base64.b64encode(vector.tobytes()).decode() if packed else vector.tolist()
+
+
+async def vectors_of(
+    request: Request, service: Service, texts: Sequence[str | list[int]]
+) -> tuple[list[np.ndarray], int]:
+    """The vectors of texts, or of their ids, and how many tokens they are of. UsageError for an empty text. Ends with
+    the text that is being read when the client goes away."""
+    if not all(texts):
+        raise UsageError("a text to embed is empty")
+    service.answers.enter(1)
+    try:
+        prompts = await service.answers.prepared(lambda: [_prompt(service.model, text) for text in texts])
+        vectors: list[np.ndarray] = []
+
+        async def embed_all() -> None:
+            loop = asyncio.get_running_loop()
+            for prompt in prompts:
+                vectors.append(await loop.run_in_executor(_one_at_a_time, embed, service.model, prompt))
+
+        await until_gone(request, embed_all())
+    finally:
+        service.answers.leave(1)
+    return vectors, sum(len(prompt.ids) for prompt in prompts)
 
 
 def _texts(given: Any) -> list[Any]:
     """One text or more, of which a list of ids is one."""
     texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-    if not texts or not all(texts):
-        raise UsageError("a text to embed is empty")
+    if not texts:
+        raise UsageError("there is no text to embed", "send it as `input`")
     return texts
 
 

@@ -1,4 +1,5 @@
-"""Ollama's `/api/chat`, `/api/generate`, `/api/tags`, `/api/show`, `/api/ps` and `/api/version`.
+"""Ollama's `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`,
+`/api/tags`, `/api/show`, `/api/ps` and `/api/version`.
 
 Streams are lines of JSON. Durations are in nanoseconds.
 """
@@ -21,16 +22,18 @@ from iolite.generate.logprobs import ScoredDelta
 from iolite.generate.model import Model
 from iolite.generate.reply import Reply, ToolCall
 from iolite.server.answers import Answer, Ask
+from iolite.server.embeddings import NOTE, check_dimensions, vectors_of
 from iolite.server.errors import Problem, body_of
 from iolite.server.fields import Body, headers_for
 from iolite.server.logprobs import token_list
-from iolite.server.ollama_fields import OllamaChat, OllamaGenerate, OllamaRequest
+from iolite.server.ollama_fields import OllamaChat, OllamaEmbed, OllamaEmbeddings, OllamaGenerate, OllamaRequest
 from iolite.server.service import Service, service_of
 from iolite.server.streaming import Streamed
 from iolite.server.wire import json_response, to_json
 from iolite.text.stream import ContentDelta, ReasoningDelta
 
 router = APIRouter(tags=["Ollama"])
+INTERFACE = "0.12.11"  # the version of Ollama whose requests are answered here: it brought `logprobs`
 _NEVER = "9999-12-31T23:59:59Z"  # that is when the model is let go
 Fields = Callable[[str, str, list[ToolCall]], dict[str, Any]]
 """text, thoughts and calls -> the fields that hold them."""
@@ -159,6 +162,25 @@ async def running(request: Request) -> Response:
     return json_response({"models": [found | loaded]})
 
 
+@router.post("/api/embed", summary="Vectors of texts, not what the model was trained for")
+async def embed(request: Request, body: OllamaEmbed) -> Response:
+    service, begin, headers = service_of(request), time.perf_counter_ns(), headers_for(body.unknown())
+    check_dimensions(service.model, body.dimensions)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    vectors, count = await vectors_of(request, service, texts) if body.input else ([], 0)
+    found = {"model": service.name, "embeddings": [vector.tolist() for vector in vectors], "note": NOTE}
+    taken = {"total_duration": time.perf_counter_ns() - begin, "load_duration": 0, "prompt_eval_count": count}
+    return json_response(found | taken, headers=headers)
+
+
+@router.post("/api/embeddings", summary="The same of one text, as it was asked for before")
+async def embeddings(request: Request, body: OllamaEmbeddings) -> Response:
+    headers = headers_for(body.unknown())
+    vectors, _ = await vectors_of(request, service_of(request), [body.prompt]) if body.prompt else ([], 0)
+    vector = vectors[0].tolist() if vectors else []
+    return json_response({"embedding": vector, "note": NOTE}, headers=headers)
+
+
 class ShowRequest(Body):
     """`POST /api/show`."""
 
@@ -193,6 +215,6 @@ async def show(request: Request, body: ShowRequest) -> Response:
     )
 
 
-@router.get("/api/version", summary="iolite's version")
+@router.get("/api/version", summary="The version of Ollama whose interface this is, and iolite's")
 async def version(request: Request) -> Response:
-    return json_response({"version": __version__})
+    return json_response({"version": INTERFACE, "iolite": __version__})

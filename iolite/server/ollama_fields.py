@@ -12,6 +12,7 @@ from pydantic import Field
 from iolite.errors import MediaError, MessageError, UsageError
 from iolite.generate.sampling import MOST_LOGPROBS
 from iolite.server.answers import Ask
+from iolite.server.embeddings import Text, Texts
 from iolite.server.fields import (
     Body,
     Messages,
@@ -119,6 +120,31 @@ class OllamaGenerate(OllamaRequest):
         messages: Messages = [{"role": "system", "content": self.system}] if self.system else []
         messages += messages_of([{"role": "user", "content": self.prompt, "images": self.images}])
         return Ask(messages=messages, **common)
+
+
+class EmbedFields(Body):
+    """What both ways to ask for vectors have in common. None of Ollama's options changes a vector."""
+
+    model: str | None = None
+    options: dict[str, Any] | None = None
+
+    def unknown(self) -> list[str]:
+        """The names of fields that are ignored."""
+        return ignored(self) + (["options"] if self.options else [])
+
+
+class OllamaEmbed(EmbedFields):
+    """`POST /api/embed`. A text that is too long is refused and never cut, whatever `truncate` says."""
+
+    input: Text | Texts = ""
+    truncate: bool | None = None
+    dimensions: int | None = None
+
+
+class OllamaEmbeddings(EmbedFields):
+    """`POST /api/embeddings`."""
+
+    prompt: Text = ""
 
 
 def messages_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

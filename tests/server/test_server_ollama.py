@@ -8,6 +8,8 @@ import ollama
 import pytest
 from support.serving import DEMO, KEY
 
+import iolite
+
 CALL = '<|tool_call>call:weather{city:<|"|>Zürich<|"|>}<tool_call|>'
 
 
@@ -156,3 +158,33 @@ def test_bad_requests(http, body, about):
     found = http.post("/api/chat", json=body)
     assert found.status_code == 400
     assert about in found.json()["error"]
+
+
+def test_version(http, client):
+    """Programs such as VS Code ask for the Ollama that they know how to speak to."""
+    found = http.get("/api/version").json()
+    assert found["iolite"] == iolite.__version__
+    assert tuple(map(int, found["version"].split("."))) >= (0, 6, 4)
+
+
+def test_embeddings(http, client):
+    texts = ["what number is this?", "red green blue"]
+    expected = [item["embedding"] for item in http.post("/v1/embeddings", json={"input": texts}).json()["data"]]
+    found = client.embed("x", texts, options={"num_ctx": 4096}, truncate=True)
+    assert [list(vector) for vector in found.embeddings] == expected
+    assert found.prompt_eval_count == sum(
+        len(http.post("/tokenize", json={"text": t}).json()["tokens"]) + 1 for t in texts
+    )
+    assert found.total_duration > 0
+    assert list(client.embed("x", texts[0]).embeddings[0]) == expected[0]
+    assert list(client.embeddings("x", texts[1]).embedding) == expected[1]
+    assert client.embed("x", "").embeddings == client.embed("x", []).embeddings == []
+    for wrong in ({"input": ["a", ""]}, {"input": "word " * 5000, "truncate": True}, {"input": "a", "dimensions": 3},
+                  {"input": [[1]]}, {"input": "a", "images": ["x"]}):  # fmt: skip
+        refused = http.post("/api/embed", json=wrong)
+        assert refused.status_code == 400 and isinstance(refused.json()["error"], str), wrong
+    with pytest.raises(ollama.ResponseError, match="placeholder"):
+        client.embeddings("x", "<|image|>")
+    said = http.post("/api/embed", json={"input": "a", "options": {"num_ctx": 1}})
+    assert said.headers["x-iolite-ignored"] == "options"
+    assert "not trained" in said.json()["note"]
