@@ -16,7 +16,7 @@ from iolite.server.service import Service, service_of
 from iolite.server.wire import json_response
 
 router = APIRouter(tags=["This server"])
-MOST_TEXT = 4_000_000  # characters to be tokenized
+MOST_TEXT = 1_000_000  # characters to be tokenized, or tokens to be spelled: JSON of more would hold up everybody
 
 
 @router.get("/health", summary="Whether the server takes requests; needs no key")
@@ -75,7 +75,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """`POST /detokenize`: ids -> text, special tokens spelled out."""
 
-    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(max_length=1_000_000, fail_fast=True)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(max_length=MOST_TEXT, fail_fast=True)]
 
 
 @router.post("/tokenize", summary="Text to token ids")

@@ -32,6 +32,8 @@ from iolite.server.settings import Settings
 
 MOST_GRAMMAR = 100_000  # characters
 BESIDE = ("images", "image", "audio", "audios", "video", "videos", "files", "attachments")
+Limit = Literal[-1] | Tokens
+"""Of an answer. LM Studio and its clients write -1 for none; then there is the server's own."""
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
@@ -51,7 +53,7 @@ class SamplingFields(Body):
     seed: Seed | None = None
     stop: Stop | None = None
     logit_bias: Bias | None = None
-    max_tokens: Tokens | None = None
+    max_tokens: Limit | None = None
     n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -68,7 +70,7 @@ class SamplingFields(Body):
             "seed": seed_of(self.seed),
             "stop": self.stop or None,
             "logit_bias": self.logit_bias or None,
-            "max_tokens": self.max_tokens,
+            "max_tokens": None if self.max_tokens == -1 else self.max_tokens,
         }
 
 
@@ -133,7 +135,7 @@ class ChatRequest(SamplingFields, ThinkingFields):
     """`POST /v1/chat/completions`. Contents take text, image_url, input_audio, audio_url, video_url and more."""
 
     messages: Messages
-    max_completion_tokens: Tokens | None = None
+    max_completion_tokens: Limit | None = None
     tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -148,12 +150,14 @@ class ChatRequest(SamplingFields, ThinkingFields):
 
     def ask(self, model: Model, settings: Settings) -> Ask:
         sampling = self.sampling()
-        sampling["max_tokens"] = self.max_completion_tokens or self.max_tokens
+        if self.max_completion_tokens is not None:
+            sampling["max_tokens"] = None if self.max_completion_tokens == -1 else self.max_completion_tokens
         sampling["logprobs"] = asked_for(bool(self.logprobs), self.top_logprobs, "set logprobs to true as well")
+        tools, choice = allowed(self.tools or [], self.tool_choice)
         return Ask(
             messages=with_details(with_nothing_beside(self.messages), model),
-            tools=self.tools or None,
-            tool_choice=self.tool_choice,
+            tools=tools or None,
+            tool_choice=choice,
             schema=schema_of(self.response_format),
             grammar={"regex": self.regex} if self.regex is not None else self.grammar,
             parallel_tool_calls=self.parallel_tool_calls is not False,
@@ -164,6 +168,32 @@ class ChatRequest(SamplingFields, ThinkingFields):
             sampling=sampling,
             choices=self.n or 1,
         )
+
+
+def allowed(
+    tools: Sequence[Mapping[str, Any]], choice: Any
+) -> tuple[Sequence[Mapping[str, Any]], str | Mapping[str, Any] | None]:
+    """The tools that an answer is to know of, and a choice as `Model.chat` takes it, of all forms that OpenAI's
+    interfaces and Mistral's have. UsageError for tools that are allowed and not there."""
+    if choice == "any":
+        return tools, "required"
+    if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+        return tools, choice
+    inner = choice.get("allowed_tools", choice)
+    listed, mode = (inner.get("tools"), inner.get("mode", "auto")) if isinstance(inner, Mapping) else (None, None)
+    if not isinstance(listed, list) or mode not in ("auto", "required"):
+        hint = 'like {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": […]}}, or "required"'
+        raise UsageError("tool_choice has no list of allowed tools and mode", hint)
+    names, known = [_name_of(tool) for tool in listed], {_name_of(tool) for tool in tools}
+    if not names or not known.issuperset(names):
+        raise UsageError("tool_choice allows what is no tool of the request", "allow some of the functions in tools")
+    return [tool for tool in tools if _name_of(tool) in names], mode
+
+
+def _name_of(tool: Any) -> str | None:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def schema_of(response_format: Mapping[str, Any] | None, name: str = "response_format") -> Mapping[str, Any] | None:

@@ -14,7 +14,7 @@ from iolite.generate.sampling import MOST_LOGPROBS
 from iolite.server.answers import Ask
 from iolite.server.fields import Body, Probability, Temperature, Tokens, Tools, ignored
 from iolite.server.logprobs import asked_for
-from iolite.server.openai_fields import schema_of, with_details
+from iolite.server.openai_fields import allowed, schema_of, with_details
 from iolite.server.settings import Settings
 
 LOGPROBS = "message.output_text.logprobs"  # the only one of `include` that there is
@@ -69,12 +69,12 @@ class ResponsesRequest(Body):
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         effort = (self.reasoning or {}).get("effort")
-        choice = self.tool_choice
+        tools, choice = allowed([tool_of(tool) for tool in self.tools or []], self.tool_choice)
         if isinstance(choice, Mapping):
             choice = {"type": "function", "function": {"name": choice.get("name")}}
         return Ask(
             messages=with_details(messages, model),
-            tools=[tool_of(tool) for tool in self.tools or []] or None,
+            tools=tools or None,
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             schema=schema_of(format_of(self.text)),

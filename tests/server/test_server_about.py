@@ -29,6 +29,7 @@ def test_tokens_there_and_back(http, nano):
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json()["content"] == text
     for wrong in ({}, {"text": 5}, {"text": "\ud800"}):
         assert http.post("/tokenize", content=json.dumps(wrong)).status_code == 400
+    assert http.post("/tokenize", json={"text": "a" * 1_000_001}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [-1]}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [10**9]}).json()["content"] == ""
 

@@ -204,6 +204,45 @@ def test_a_tool_that_must_be_called(script, scripted_client):
     assert reply.message.content
 
 
+def test_allowed_tools(script, scripted_client):
+    """Of two only the one, by OpenAI's and Mistral's words for it."""
+    other = {"type": "function", "function": {"name": "news", "parameters": {"type": "object"}}}
+    one = {"tools": [{"type": "function", "function": {"name": "weather"}}]}
+    must = {"type": "allowed_tools", "allowed_tools": {"mode": "required"} | one}
+    for choice in ("any", must):
+        script.say(CALL, end="<|tool_response>")
+        script.ids[0] = script.model.tokenizer.token_id("<turn|>")
+        found = ask(scripted_client, NUMBER[:1], tools=[other, WEATHER], tool_choice=choice).choices[0]
+        assert found.message.tool_calls[0].function.name == "weather"
+    script.say(CALL, end="<|tool_response>")
+    may = {"type": "allowed_tools", "allowed_tools": {"tools": [other]}}
+    found = ask(scripted_client, NUMBER[:1], tools=[other, WEATHER], tool_choice=may, max_tokens=40).choices[0]
+    assert not any(call.function.name == "weather" for call in found.message.tool_calls or [])
+    for wrong in (
+        5,
+        {},
+        {"tools": []},
+        {"tools": [5]},
+        one | {"mode": "never"},
+        {"tools": [{"function": {"name": "x"}}]},
+    ):
+        choice = {"type": "allowed_tools", "allowed_tools": wrong}
+        with pytest.raises(openai.BadRequestError, match="allow"):
+            ask(scripted_client, NUMBER[:1], tools=[other, WEATHER], tool_choice=choice)
+
+
+def test_no_limit_as_lm_studio_writes_it(script, scripted, scripted_client, http):
+    script.say("one two three")
+    for name in ("max_tokens", "max_completion_tokens"):
+        script.drawn = 0
+        assert ask(scripted_client, NUMBER[:1], **{name: -1}).choices[0].message.content == "one two three"
+    script.drawn = 0
+    assert scripted_client.completions.create(model="x", prompt="a", max_tokens=-1).choices[0].text == "one two three"
+    for wrong in (0, -2, "-1.5"):
+        refused = http.post("/v1/completions", json={"prompt": "a", "max_tokens": wrong})
+        assert refused.status_code == 400 and "max_tokens" in refused.json()["error"]["message"]
+
+
 def test_a_broken_call_is_told_of_and_not_handed_out(script, scripted_client):
     messages = [{"role": "user", "content": "will it rain?"}]
     for stream in (False, True):
@@ -323,7 +362,7 @@ def test_schema(client):
         ({"temperature": 1e300}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": 2**63}, "max_tokens"),
         ({"n": 1000}, "n"),
         ({"seed": 2**70}, "seed"),

@@ -14,6 +14,7 @@ from support.serving import KEY, data_uri
 from iolite.server.errors import UnknownError
 from iolite.server.responses_kept import Responses, bytes_of
 
+NEWS = {"type": "function", "name": "news", "parameters": {"type": "object"}}
 WEATHER = {
     "type": "function",
     "name": "weather",
@@ -117,6 +118,10 @@ def test_schema_and_choice(client, script, scripted):
     with client_of(scripted) as other:
         choice = {"type": "function", "name": "weather"}
         reply = other.responses.create(model="x", input="hm", tools=[WEATHER], tool_choice=choice)
+        assert reply.output[0].name == "weather"
+        script.drawn = 0
+        choice = {"type": "allowed_tools", "mode": "required", "tools": [choice]}
+        reply = other.responses.create(model="x", input="hm", tools=[NEWS, WEATHER], tool_choice=choice)
     assert reply.output[0].name == "weather"
 
 
