@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from starlette.requests import Request
 from iolite.engine.engine import Engine
 from iolite.engine.listening import Listening
 from iolite.engine.running import Running
-from iolite.errors import BusyError, MessageError
+from iolite.errors import BusyError, UsageError
 from iolite.generate.grammar import Constraint
 from iolite.generate.logprobs import ScoredDelta
 from iolite.generate.model import Model
@@ -30,7 +31,7 @@ from iolite.generate.stream import ReplyStream
 from iolite.prompt import Prompt
 from iolite.server.errors import StoppingError
 from iolite.server.metrics import Meters
-from iolite.server.plain import PlainStream
+from iolite.server.plain import PlainStream, plain_prompt
 from iolite.server.settings import Settings
 from iolite.server.sources import check_sources, guarded
 from iolite.text.stream import ContentDelta, Event, ReasoningDelta, ToolCallEnd
@@ -49,14 +50,16 @@ costs the server, its client and what lies between them more than drawing does; 
 
 @dataclass(frozen=True)
 class Ask:
-    """What every interface's request comes down to. text: go on with it as it stands, instead of with messages.
+    """What every interface's request comes down to. texts: go on with each as it stands, instead of with messages;
+    a text may be its token ids. ends: end tokens are told of among the logprobs of such texts.
 
     sampling: settings as `Model.sampling` takes them, None for what was not given. schema and the like as
     `Model.constraint` takes them.
     """
 
     messages: Sequence[Mapping[str, Any]] = ()
-    text: str | None = None
+    texts: Sequence[str | Sequence[int]] = ()
+    ends: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: Any = None
     schema: Mapping[str, Any] | None = None
@@ -67,7 +70,12 @@ class Ask:
     preserve_thinking: bool = False
     image_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    choices: int = 1
+    choices: int = 1  # answers to each text, or to the messages
+
+    @property
+    def places(self) -> int:
+        """Answers to all of it."""
+        return self.choices * max(len(self.texts), 1)
 
 
 class Stream(Protocol):
@@ -89,6 +97,7 @@ class Answers:
         self._most = settings.slots + settings.waiting
         self._preparing = ThreadPoolExecutor(PREPARING, "prompt")
         self._reading = ThreadPoolExecutor(self._most, "answer")
+        self._beside = ThreadPoolExecutor(1, "beside")
         self._open: set[Answer] = set()
         meters.watch(self._engine.stats)
         self._places = 0  # taken by answers that are open or on their way
@@ -98,8 +107,10 @@ class Answers:
 
     async def start(self, ask: Ask) -> Answer:
         """Begins to answer. Every mistake in the request is raised here, BusyError when there is no room."""
+        if ask.places > self._most:
+            raise UsageError(f"the request asks for {ask.places} answers; there may be {self._most}", "ask for fewer")
         loop = asyncio.get_running_loop()
-        answer = await self._begun(ask.choices, lambda: self._begin(ask, loop))
+        answer = await self._begun(ask.places, lambda: self._begin(ask, loop))
         self._open.add(answer)
         return answer
 
@@ -139,8 +150,12 @@ class Answers:
             raise
 
     async def prompt(self, ask: Ask) -> Prompt:
-        """The prompt of a request that asks for no answer."""
-        return await self.prepared(lambda: self._prompt(ask))
+        """The prompt of messages that ask for no answer."""
+        return await self.prepared(lambda: self._prompts(ask)[0])
+
+    async def beside(self, work: Callable[[], T]) -> T:
+        """Does some work of the model that is no answer; one at a time, since each takes a cache of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._beside, work)
 
     async def prepared(self, work: Callable[[], T]) -> T:
         """Does some work on one of the threads that make prompts."""
@@ -160,11 +175,11 @@ class Answers:
         self._places -= places
 
     def _begin(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> Answer:
-        """On a thread: the prompt, and its answers on their way."""
+        """On a thread: the prompts, and their answers on their way, those to the first text first."""
         begin = time.perf_counter()
-        prompt, params, runnings = self._prompt(ask), self.sampling(ask), list[Running]()
+        prompts, params, runnings = self._prompts(ask), self.sampling(ask), list[Running]()
         try:
-            for choice in range(ask.choices):
+            for prompt, choice in itertools.product(prompts, range(ask.choices)):
                 seed = None if params.seed is None else (params.seed + choice) % 2**64
                 constraint = self._constraint(ask, prompt, params)
                 runnings.append(self._engine.submit(prompt, replace(params, seed=seed), constraint=constraint))
@@ -177,19 +192,14 @@ class Answers:
             self._reading.submit(answer.read, choice, self._stream(ask, running, seconds))
         return answer
 
-    def _prompt(self, ask: Ask) -> Prompt:
-        if ask.text is not None:
-            bos = self.model.tokenizer.id_to_token(self.model.config.text.bos_token_id) or ""
-            text = ask.text if ask.text.startswith(bos) else bos + ask.text
-            ids, config = self.model.tokenizer.encode(text), self.model.config
-            if {config.image_token_id, config.audio_token_id, config.video_token_id} & set(ids):
-                raise MessageError("the text holds a placeholder of media", "media come with messages")
-            return Prompt(ids, text)
+    def _prompts(self, ask: Ask) -> list[Prompt]:
+        if ask.texts:
+            return [plain_prompt(self.model, text) for text in ask.texts]
         check_sources(ask.messages, self.settings)
-        return self.model.prompt(ask.messages, ask.tools, ask.thinking, ask.preserve_thinking, ask.image_tokens)
+        return [self.model.prompt(ask.messages, ask.tools, ask.thinking, ask.preserve_thinking, ask.image_tokens)]
 
     def _constraint(self, ask: Ask, prompt: Prompt, params: SamplingParams) -> Constraint | None:
-        if ask.text is not None:
+        if ask.texts:
             return None
         return self.model.constraint(
             prompt,
@@ -208,8 +218,8 @@ class Answers:
         return self.model.sampling(**asked)
 
     def _stream(self, ask: Ask, running: Running, seconds: float) -> Stream:
-        if ask.text is not None:
-            return PlainStream(running, self.model.tokenizer, seconds)
+        if ask.texts:
+            return PlainStream(running, self.model.tokenizer, seconds, ask.ends)
         return ReplyStream(running, self.model.tokenizer, ask.tools, prepare_seconds=seconds)
 
     async def drain(self) -> None:
@@ -236,6 +246,7 @@ class Answers:
         self._engine.close()
         self._preparing.shutdown(cancel_futures=True)
         self._reading.shutdown(cancel_futures=True)
+        self._beside.shutdown(cancel_futures=True)
 
 
 class Answer:

@@ -20,6 +20,7 @@ from iolite.generate.model import Model
 from iolite.server import (
     about,
     anthropic,
+    completions,
     embeddings,
     live,
     manual,
@@ -42,6 +43,7 @@ from iolite.server.settings import Settings
 
 ROUTERS = (
     openai.router,
+    completions.router,
     responses.router,
     transcriptions.router,
     live.router,

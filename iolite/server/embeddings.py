@@ -6,10 +6,9 @@ of a model made for it. The answer says so in `note`.
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -33,7 +32,6 @@ from iolite.server.wire import json_response
 router = APIRouter(tags=["OpenAI"])
 NOTE = "means of final hidden states; the model was not trained to embed"
 MOST_TEXTS = 256
-_one_at_a_time = ThreadPoolExecutor(1, "embedding")  # each takes a cache of its own
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000, fail_fast=True)]
@@ -92,9 +90,8 @@ async def vectors_of(
         vectors: list[np.ndarray] = []
 
         async def embed_all() -> None:
-            loop = asyncio.get_running_loop()
             for prompt in prompts:
-                vectors.append(await loop.run_in_executor(_one_at_a_time, embed, service.model, prompt))
+                vectors.append(await service.answers.beside(functools.partial(embed, service.model, prompt)))
 
         await until_gone(request, embed_all())
     finally:

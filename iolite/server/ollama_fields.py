@@ -116,7 +116,7 @@ class OllamaGenerate(OllamaRequest):
         if self.raw:
             if self.images or self.system or common["schema"] or self.think:
                 raise UsageError("a raw prompt takes no images, system, format or think", "leave raw out")
-            return Ask(text=self.prompt, sampling=common["sampling"])
+            return Ask(texts=(self.prompt,), sampling=common["sampling"])
         messages: Messages = [{"role": "system", "content": self.system}] if self.system else []
         messages += messages_of([{"role": "user", "content": self.prompt, "images": self.images}])
         return Ask(messages=messages, **common)

@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/chat/completions` and `/v1/completions`.
+"""OpenAI's `/v1/chat/completions`.
 
 Beyond OpenAI's fields an answer has `reasoning_content` (and the same as `reasoning`), `timings` under llama-server's
 names, and in a choice that is not what it seems a `notice` of one sentence.
@@ -6,27 +6,23 @@ names, and in a choice that is not what it seems a `notice` of one sentence.
 
 from __future__ import annotations
 
-import collections
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from iolite.errors import UsageError
 from iolite.generate.logprobs import ScoredDelta
 from iolite.generate.reply import Reply, Timings, ToolCall
-from iolite.generate.sampling import MOST_LOGPROBS
-from iolite.server.answers import Answer, Ask, Item
+from iolite.server.answers import Answer, Item
 from iolite.server.errors import body_of
 from iolite.server.fields import headers_for, ignored
-from iolite.server.logprobs import TextLogprobs, chat_logprobs
-from iolite.server.openai_fields import ChatRequest, SamplingFields
+from iolite.server.logprobs import chat_logprobs
+from iolite.server.openai_fields import ChatRequest
 from iolite.server.service import Service, service_of
 from iolite.server.streaming import Streamed
 from iolite.server.wire import PING, event, json_response
@@ -48,7 +44,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return Streamed(answer, pieces, lambda problem: event(body_of(CHAT, problem)), headers=headers)
     replies = await answer.replies(request)
     choices = [_choice(number, reply) for number, reply in enumerate(replies)]
-    return json_response(_frame(service, "chat.completion", choices) | _costs(replies), headers=headers)
+    return json_response(frame_of(service, "chat.completion", choices) | costs(replies), headers=headers)
 
 
 def _choice(number: int, reply: Reply) -> dict[str, Any]:
@@ -68,7 +64,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _frame(service: Service, kind: str, choices: list[dict[str, Any]], prefix: str = "chatcmpl") -> dict[str, Any]:
+def frame_of(service: Service, kind: str, choices: list[dict[str, Any]], prefix: str = "chatcmpl") -> dict[str, Any]:
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "object": kind,
@@ -78,18 +74,20 @@ def _frame(service: Service, kind: str, choices: list[dict[str, Any]], prefix: s
     }
 
 
-def _costs(replies: list[Reply]) -> dict[str, Any]:
-    """Usage and timings of one or more answers to the same prompt."""
-    first = replies[0]
+def costs(replies: list[Reply], choices: int | None = None) -> dict[str, Any]:
+    """Usage and timings of one or more answers to the same prompt. choices: that many are to each of several, whose
+    timings overlap and are not told."""
+    firsts = replies[:: choices or len(replies)]
+    read = sum(first.usage.prompt_tokens for first in firsts)
     drawn = sum(reply.usage.completion_tokens for reply in replies)
     usage = {
-        "prompt_tokens": first.usage.prompt_tokens,
+        "prompt_tokens": read,
         "completion_tokens": drawn,
-        "total_tokens": first.usage.prompt_tokens + drawn,
-        "prompt_tokens_details": {"cached_tokens": first.usage.cached_tokens},
+        "total_tokens": read + drawn,
+        "prompt_tokens_details": {"cached_tokens": sum(first.usage.cached_tokens for first in firsts)},
         "completion_tokens_details": {"reasoning_tokens": sum(reply.usage.reasoning_tokens for reply in replies)},
     }
-    return {"usage": usage, "timings": timings(first.timings)}
+    return {"usage": usage} | ({"timings": timings(firsts[0].timings)} if len(firsts) == 1 else {})
 
 
 def timings(taken: Timings) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def timings(taken: Timings) -> dict[str, Any]:
 
 
 async def _chat_chunks(answer: Answer, service: Service, count: int, usage: bool) -> AsyncIterator[str]:
-    frame = _frame(service, "chat.completion.chunk", [])
+    frame = frame_of(service, "chat.completion.chunk", [])
     replies, calls = dict[int, Reply](), [0] * count
     for choice in range(count):
         yield event(frame | {"choices": [_delta(choice, {"role": "assistant", "content": ""})]})
@@ -119,14 +117,14 @@ async def _chat_chunks(answer: Answer, service: Service, count: int, usage: bool
         elif isinstance(item, Reply):
             replies[choice] = item
             last = _delta(choice, {}, item.finish_reason) | ({"notice": item.notice} if item.notice else {})
-            costs = {} if usage else {"timings": timings(item.timings)}
-            yield event(frame | {"choices": [last]} | costs)
+            taken = {} if usage else {"timings": timings(item.timings)}
+            yield event(frame | {"choices": [last]} | taken)
         else:
             logprobs = chat_logprobs(item.logprobs) if isinstance(item, ScoredDelta) else None
             yield event(frame | {"choices": [_delta(choice, _delta_of(item, calls[choice]), logprobs=logprobs)]})
             calls[choice] += isinstance(item, ToolCall)
     if usage:
-        yield event(frame | {"choices": []} | _costs([replies[choice] for choice in sorted(replies)]))
+        yield event(frame | {"choices": []} | costs([replies[choice] for choice in sorted(replies)]))
     yield DONE
 
 
@@ -144,58 +142,3 @@ def _delta_of(item: Item, index: int) -> dict[str, Any]:
         return {"reasoning_content": item.text, "reasoning": item.text}
     assert isinstance(item, ToolCall)
     return {"tool_calls": [{"index": index, **_call(item)}]}
-
-
-class CompletionRequest(SamplingFields):
-    """`POST /v1/completions`: the text goes on as it stands; no template, thoughts or calls."""
-
-    prompt: Annotated[str, Field(max_length=4_000_000)] | list[Any]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-
-
-@router.post("/v1/completions", summary="Go on with a text")
-async def completions(request: Request, body: CompletionRequest) -> Response:
-    service = service_of(request)
-    headers = headers_for(ignored(body))
-    prompt = body.prompt[0] if isinstance(body.prompt, list) and len(body.prompt) == 1 else body.prompt
-    if not isinstance(prompt, str):
-        raise UsageError("prompt must be one text", "send a request for each")
-    sampling = body.sampling() | {"logprobs": body.logprobs}
-    answer = await service.answers.start(Ask(text=prompt, sampling=sampling, choices=body.n or 1))
-    if body.stream:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        pieces = _text_chunks(answer, service, usage)
-        return Streamed(answer, pieces, lambda problem: event(body_of(CHAT, problem)), headers=headers)
-    replies = await answer.replies(request)
-    choices = [
-        _text_choice(i, r.text, r.finish_reason, r.notice, TextLogprobs()(r.logprobs)) for i, r in enumerate(replies)
-    ]
-    return json_response(_frame(service, "text_completion", choices, "cmpl") | _costs(replies), headers=headers)
-
-
-def _text_choice(
-    index: int,
-    text: str,
-    finish_reason: str | None,
-    notice: str | None = None,
-    logprobs: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-    return choice | ({"notice": notice} if notice else {})
-
-
-async def _text_chunks(answer: Answer, service: Service, usage: bool) -> AsyncIterator[str]:
-    frame, replies = _frame(service, "text_completion", [], "cmpl"), dict[int, Reply]()
-    spelled = collections.defaultdict[int, TextLogprobs](TextLogprobs)
-    async for choice, item in answer:
-        if item is None:
-            yield PING
-        elif isinstance(item, Reply):
-            replies[choice] = item
-            yield event(frame | {"choices": [_text_choice(choice, "", item.finish_reason, item.notice)]})
-        elif isinstance(item, ContentDelta):
-            logprobs = spelled[choice](item.logprobs if isinstance(item, ScoredDelta) else None)
-            yield event(frame | {"choices": [_text_choice(choice, item.text, None, logprobs=logprobs)]})
-    if usage:
-        yield event(frame | {"choices": []} | _costs([replies[choice] for choice in sorted(replies)]))
-    yield DONE

@@ -429,10 +429,6 @@ def test_completions(client):
     assert whole.usage.completion_tokens == 8
     chunks = list(client.completions.create(model="x", prompt="what is", max_tokens=8, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="x", prompt=["a", "b"])
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="x", prompt="a", echo=True)
 
 
 def test_how_likely_tokens_were(client, nano):
