@@ -425,7 +425,7 @@ def test_an_error_of_ours_tells_the_client_nothing(nano, monkeypatch, capfd):
         raise RuntimeError(f"secret {KEY}")
 
     with serving(nano) as listener, asking(listener) as http:
-        monkeypatch.setattr(Answers, "_prompt", fail)
+        monkeypatch.setattr(Answers, "_prompts", fail)
         for path in (CHAT, "/v1/messages", "/api/chat"):
             body = {"messages": [{"role": "user", "content": "hi"}]}
             body |= {"max_tokens": 2} if path == "/v1/messages" else {}
