@@ -50,40 +50,56 @@ IOL_INLINE void add_block(const uint8_t* tile, int b, int g, const Tokens<T>& x,
     }
 }
 
-// Adds the products of 16 rows and `tiles` tiles of columns with T tokens to sums; a token's 16 sums lie `stride`
-// floats after those of the token before. ahead: whether the weights come from memory.
-template <class F, int T, bool ahead>
-void add_tiles(const uint8_t* tile, int64_t tiles, const uint8_t* tokens, float* sums, int64_t stride) {
+// Adds the products of `tiles` tiles of columns with T tokens to sums, for the 16 rows that begin at each of S places; a
+// token's sums lie `stride` floats after those of the token before, those of the next place T times that far.
+// ahead: whether the weights come from memory. It gives a core more of two streams that are far apart than of one.
+template <class F, int T, int S, bool ahead>
+void add_tiles(const uint8_t* const* places, int64_t tiles, const uint8_t* tokens, float* sums, int64_t stride) {
     const Tokens<T>* x = (const Tokens<T>*)tokens;
-    vf total[G][T];
-    IOL_UNROLL for (int t = 0; t < T; t++) {
-        IOL_UNROLL for (int g = 0; g < G; g++) total[g][t] = load(sums + t * stride + g * W);
+    const uint8_t* tile[S];
+    vf total[S][G][T];
+    IOL_UNROLL for (int s = 0; s < S; s++) {
+        tile[s] = places[s];
+        IOL_UNROLL for (int t = 0; t < T; t++) {
+            IOL_UNROLL for (int g = 0; g < G; g++) total[s][g][t] = load(sums + (s * T + t) * stride + g * W);
+        }
     }
-    for (int64_t i = 0; i < tiles; i++, tile += F::kBytes, x += 2) {
-        if (ahead) {
-            IOL_UNROLL for (int64_t line = 0; line < F::kBytes; line += 64) {
-                __builtin_prefetch(tile + F::kAhead + line, 0, 0);  // read once: not for the outer caches
+    for (int64_t i = 0; i < tiles; i++, x += 2) {
+        IOL_UNROLL for (int s = 0; s < S; s++) {
+            IOL_UNROLL for (int64_t line = 0; ahead && line < F::kBytes; line += 64) {
+                __builtin_prefetch(tile[s] + F::kAhead / S + line, 0, 0);  // read once: not for the outer caches
             }
-        }
-        IOL_UNROLL for (int b = 0; b < 2; b++) {
-            IOL_UNROLL for (int g = 0; g < G; g++) add_block<F, T>(tile, b, g, x[b], total[g]);
+            IOL_UNROLL for (int b = 0; b < 2; b++) {
+                IOL_UNROLL for (int g = 0; g < G; g++) add_block<F, T>(tile[s], b, g, x[b], total[s][g]);
+            }
+            tile[s] += F::kBytes;
         }
     }
-    IOL_UNROLL for (int t = 0; t < T; t++) {
-        IOL_UNROLL for (int g = 0; g < G; g++) store(sums + t * stride + g * W, total[g][t]);
+    IOL_UNROLL for (int s = 0; s < S; s++) {
+        IOL_UNROLL for (int t = 0; t < T; t++) {
+            IOL_UNROLL for (int g = 0; g < G; g++) store(sums + (s * T + t) * stride + g * W, total[s][g][t]);
+        }
     }
 }
 
-using AddTiles = void (*)(const uint8_t* tile, int64_t tiles, const uint8_t* tokens, float* sums, int64_t stride);
+using AddTiles = void (*)(const uint8_t* const* places, int64_t tiles, const uint8_t* tokens, float* sums,
+                          int64_t stride);
 
-constexpr int64_t kMost = 8;  // tokens of a group
+constexpr int64_t kMost = 8;   // tokens of a group
+constexpr int64_t kPairs = 2;  // tokens up to which two streams at a time are faster: with more, registers run short
 
 template <class F, bool ahead>
 AddTiles add_tiles_of(int64_t T) {
     static constexpr AddTiles functions[kMost] = {
-        add_tiles<F, 1, ahead>, add_tiles<F, 2, ahead>, add_tiles<F, 3, ahead>, add_tiles<F, 4, ahead>,
-        add_tiles<F, 5, ahead>, add_tiles<F, 6, ahead>, add_tiles<F, 7, ahead>, add_tiles<F, 8, ahead>,
+        add_tiles<F, 1, 1, ahead>, add_tiles<F, 2, 1, ahead>, add_tiles<F, 3, 1, ahead>, add_tiles<F, 4, 1, ahead>,
+        add_tiles<F, 5, 1, ahead>, add_tiles<F, 6, 1, ahead>, add_tiles<F, 7, 1, ahead>, add_tiles<F, 8, 1, ahead>,
     };
+    return functions[T - 1];
+}
+
+template <class F>
+AddTiles add_pairs_of(int64_t T) {
+    static constexpr AddTiles functions[kPairs] = {add_tiles<F, 1, 2, true>, add_tiles<F, 2, 2, true>};
     return functions[T - 1];
 }
 

@@ -1,8 +1,9 @@
 // Products of activations with packed weights; with float ones: -> floats.h.
 //
 // Few tokens (up to kFew) are bound by memory: sixteen rows are one stream through it, unpacked in registers, where
-// they meet up to eight tokens at a time; with more tokens they are gone through again, by then in the cache. Many
-// tokens are bound by arithmetic: -> panel.h.
+// they meet up to eight tokens at a time; with more tokens they are gone through again, by then in the cache. For one
+// or two tokens a thread follows two streams side by side, half of all rows apart. Many tokens are bound by arithmetic:
+// -> panel.h.
 #include "blocks.h"
 #include "floats.h"
 #include "gelu.h"
@@ -65,18 +66,53 @@ void put(const Product& p, int64_t row, int64_t width, int64_t token, int64_t to
     }
 }
 
-// Sixteen rows of a matrix times all tokens.
-void few_unit(const Product& p, int64_t row_tile, const Activations& a) {
+// Sixteen rows of a matrix.
+struct Rows {
+    const Product* product;
+    int64_t row_tile;
+
+    const uint8_t* data() const { return product->data + row_tile * product->row_bytes; }
+};
+
+AddTiles add_few(int32_t format, int64_t T, bool pair) {
+    if (format == 4) return pair ? add_pairs_of<Int4>(T) : add_tiles_of<Int4, true>(T);
+    if (format == 5) return pair ? add_pairs_of<Int4m>(T) : add_tiles_of<Int4m, true>(T);
+    return pair ? add_pairs_of<Int8>(T) : add_tiles_of<Int8, true>(T);
+}
+
+// Sixteen rows times all tokens.
+void few_rows(const Rows& rows, const Activations& a) {
     alignas(64) float sums[kMost * kTileRows];
+    const uint8_t* const place = rows.data();
     for (int64_t group = 0; group < a.groups; group++) {
         const int64_t T = a.size(group);
-        const AddTiles add = p.format == 4   ? add_tiles_of<Int4, true>(T)
-                             : p.format == 5 ? add_tiles_of<Int4m, true>(T)
-                                             : add_tiles_of<Int8, true>(T);
         for (int64_t i = 0; i < T * kTileRows; i++) sums[i] = 0.0f;
-        add(p.data + row_tile * p.row_bytes, a.blocks / 2, a.of(group), sums, kTileRows);
-        put(p, row_tile * kTileRows, kTileRows, a.first(group), T, sums);
+        add_few(rows.product->format, T, false)(&place, a.blocks / 2, a.of(group), sums, kTileRows);
+        put(*rows.product, rows.row_tile * kTileRows, kTileRows, a.first(group), T, sums);
     }
+}
+
+// Two times sixteen rows of the same format, at most kPairs tokens.
+void few_pair(const Rows& one, const Rows& other, const Activations& a) {
+    alignas(64) float sums[2 * kPairs * kTileRows] = {};
+    const uint8_t* const places[2] = {one.data(), other.data()};
+    add_few(one.product->format, a.n, true)(places, a.blocks / 2, a.of(0), sums, kTileRows);
+    put(*one.product, one.row_tile * kTileRows, kTileRows, 0, a.n, sums);
+    put(*other.product, other.row_tile * kTileRows, kTileRows, 0, a.n, sums + a.n * kTileRows);
+}
+
+// Row tile `unit` of all products and the one `half` behind it, if there is one, times all tokens.
+void few_unit(const Product* products, int64_t unit, int64_t half, int64_t units, const Activations& a) {
+    const auto at = [products](int64_t tile) {
+        const Product* p = products;
+        for (; tile >= p->row_tiles(); p++) tile -= p->row_tiles();
+        return Rows{p, tile};
+    };
+    const Rows one = at(unit);
+    if (unit + half >= units) return few_rows(one, a);
+    const Rows other = at(unit + half);
+    if (one.product->format == other.product->format) return few_pair(one, other, a);
+    few_rows(one, a), few_rows(other, a);
 }
 
 // 64 rows of a matrix, or of the two of a gated pair (up is null otherwise), times all tokens.
@@ -96,28 +132,25 @@ void many_unit(const Product& p, const Product* up, int64_t row_tile, const Acti
     }
 }
 
-// All products of one input, in one loop over the pool. up: the second matrix of a gated pair of many tokens, or null.
-void multiply(iol_pool* pool, const Product* products, int64_t count, const Product* up, const Activations& a) {
-    const bool many = a.n > kFew;
-    const int64_t tiles = many ? kPanelTiles : 1;
+// All products of one input and few tokens, in one loop over the pool.
+void multiply_few(iol_pool* pool, const Product* products, int64_t count, const Activations& a) {
     int64_t units = 0, bytes = 0;
     for (int64_t i = 0; i < count; i++) {
-        units += ceil_div(products[i].row_tiles(), tiles);
-        bytes += products[i].row_tiles() * products[i].row_bytes * (up ? 2 : 1);
+        units += products[i].row_tiles();
+        bytes += products[i].row_tiles() * products[i].row_bytes;
     }
-    const int64_t chunk =
-        many ? kChunkProducts / (kPanelRows * a.cols * a.n) : kChunkBytes * units / max(bytes, (int64_t)1);
-    share(pool, units, max((int64_t)1, chunk), [&](int64_t begin, int64_t end) {
-        const Product* p = products;
-        for (int64_t unit = begin, before = 0; unit < end; unit++) {
-            // Units are counted through all products.
-            for (int64_t own; unit >= before + (own = ceil_div(p->row_tiles(), tiles)); p++) before += own;
-            if (many) {
-                many_unit(*p, up, (unit - before) * tiles, a);
-            } else {
-                few_unit(*p, unit - before, a);
-            }
-        }
+    const int64_t half = a.n <= kPairs ? ceil_div(units, 2) : units;
+    const int64_t chunk = kChunkBytes * half / max(bytes, (int64_t)1);
+    share(pool, half, max((int64_t)1, chunk), [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; unit++) few_unit(products, unit, half, units, a);
+    });
+}
+
+// A product, or the two of a gated pair (up is null otherwise), and many tokens.
+void multiply_many(iol_pool* pool, const Product& p, const Product* up, const Activations& a) {
+    const int64_t chunk = kChunkProducts / (kPanelRows * a.cols * a.n);
+    share(pool, ceil_div(p.row_tiles(), kPanelTiles), max((int64_t)1, chunk), [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; unit++) many_unit(p, up, unit * kPanelTiles, a);
     });
 }
 
@@ -136,18 +169,22 @@ void linear(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, int64_t
             float* const* out, const int64_t* out_stride) {
     if (w[0].format == kFloat) return float_linear(pool, x, x_stride, n, count, w, out, out_stride);
     const Activations a = quantise(pool, x, x_stride, n, w[0].cols);
+    if (n > kFew) {
+        for (int64_t i = 0; i < count; i++) multiply_many(pool, product(w[i], out[i], out_stride[i]), nullptr, a);
+        return;
+    }
     Product products[kProducts];
     for (int64_t i = 0; i < count; i += kProducts) {
         const int64_t some = min(count - i, kProducts);
         for (int64_t j = 0; j < some; j++) products[j] = product(w[i + j], out[i + j], out_stride[i + j]);
-        multiply(pool, products, some, nullptr, a);
+        multiply_few(pool, products, some, a);
     }
 }
 
 void gated(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, const iol_matrix* gate, const iol_matrix* up,
            float* out, int64_t out_stride) {
     const int64_t rows = gate->rows;
-    // Going back and forth between the two costs more than joining them afterwards: each thread reads one stretch.
+    // Few tokens: each is read in long stretches, and the two are joined afterwards.
     float* other = nullptr;
     if (gate->format == kFloat) {
         other = (float*)iol_scratch(IOL_SCRATCH_GATED, (size_t)(n * rows) * sizeof(float));
@@ -159,11 +196,11 @@ void gated(iol_pool* pool, const float* x, int64_t x_stride, int64_t n, const io
         const Activations a = quantise(pool, x, x_stride, n, gate->cols);
         if (n > kFew) {
             const Product first = product(*gate, out, out_stride), second = product(*up, out, out_stride);
-            return multiply(pool, &first, 1, &second, a);
+            return multiply_many(pool, first, &second, a);
         }
         other = (float*)iol_scratch(IOL_SCRATCH_GATED, (size_t)(n * rows) * sizeof(float));
         const Product both[2] = {product(*gate, out, out_stride), product(*up, other, rows)};
-        multiply(pool, both, 2, nullptr, a);
+        multiply_few(pool, both, 2, a);
     }
     for (int64_t t = 0; t < n; t++) {
         float* row = out + t * out_stride;

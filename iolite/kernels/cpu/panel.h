@@ -125,7 +125,8 @@ void panel_times(const uint8_t* tile, int64_t step, int64_t row_tiles, int64_t t
         const AddTiles add = add_tiles_of<F, false>(T);
         const uint8_t* tokens = a.of(group) + block * T * kTokenBytes;
         for (int64_t r = 0; r < row_tiles; r++) {
-            add(tile + r * step, tiles, tokens, sums + r * kTileRows, kPanelRows);
+            const uint8_t* place = tile + r * step;
+            add(&place, tiles, tokens, sums + r * kTileRows, kPanelRows);
         }
         sums += T * kPanelRows;
     }
