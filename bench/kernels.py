@@ -47,8 +47,9 @@ def measure(isa: str, matrices: list[PackedMatrix], sizes: list[int], rounds: in
     gb, gmac = matrices[0].nbytes / 1e9, rows * cols / 1e9
     seconds: dict[int, list[float]] = {n: [] for n in sizes}
     bandwidths, rates = [], []
+    memory = probe.Memory(CACHE_BYTES)
     for _ in range(rounds):
-        bandwidths.append(probe.bandwidth(CACHE_BYTES, 0.02))
+        bandwidths.append(memory.bandwidth(0.02))
         rates.append(probe.int8_rate(0.02))
         for n in sizes:
             seconds[n].append(one_turn(matrices, n))

@@ -188,7 +188,7 @@ class Probe:
     def bandwidth(self) -> float:
         """GB/s of reading, with all threads."""
         if self._kernel is not None:
-            return float(self._kernel.bandwidth(_POOL_BYTES, self.seconds))
+            return self._memory.bandwidth(self.seconds)
         pool = self._pool  # made before the clock starts
         rounds, begin = 0, time.perf_counter()
         while (took := time.perf_counter() - begin) < self.seconds:
@@ -199,6 +199,10 @@ class Probe:
     def int8(self) -> float | None:
         """Billions of 8-bit multiply-adds a second, with all threads; None without our kernels (`reason`)."""
         return None if self._kernel is None else float(self._kernel.int8_rate(self.seconds))
+
+    @cached_property
+    def _memory(self) -> probe.Memory:
+        return probe.Memory(_POOL_BYTES)
 
     @cached_property
     def _pool(self) -> torch.Tensor:

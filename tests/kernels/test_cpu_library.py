@@ -272,5 +272,5 @@ def test_every_thread_takes_part_in_every_job(tmp_path: Path) -> None:
 def test_the_machines_rates(isa: str) -> None:
     """Between what no computer falls short of and what none has."""
     with code_path(isa):
-        assert 0.05 < probe.bandwidth(8 << 20, 0.01) < 1e5
+        assert 0.05 < probe.Memory(8 << 20).bandwidth(0.01) < 1e5
         assert 0.05 < probe.int8_rate(0.01) < 1e6

@@ -162,10 +162,9 @@ IOL_API void iol_stack(iol_pool* pool, const iol_block* blocks, int64_t layers, 
 
 /* ---- what the machine can do ---- */
 
-/* GB/s (10^9 bytes) that all threads together read from memory, by `bytes` at a time over and over for about `seconds`:
- * the median. The first call also finds out which of several ways to read is the fastest here. 0 when there is no memory
- * to read. */
-IOL_API double iol_probe_bandwidth(iol_pool* pool, int64_t bytes, double seconds);
+/* GB/s (10^9 bytes) that all threads together read of `bytes` of memory (whole multiples of 128 KiB of them), over and
+ * over for about `seconds`: the median. The first call also finds out which of several ways to read is the fastest here. */
+IOL_API double iol_probe_bandwidth(iol_pool* pool, const void* data, int64_t bytes, double seconds);
 
 /* Billions of int8 multiply-adds a second, from registers, by all threads, with the code path in use. */
 IOL_API double iol_probe_int8(iol_pool* pool, double seconds);

@@ -119,7 +119,7 @@ class Library:
         self.stack = self._function(
             "stack", None, p, POINTER(BlockArg), i, POINTER(SegmentArg), i, p, *[POINTER(p)] * 2
         )
-        self.probe_bandwidth = self._function("probe_bandwidth", c_double, p, i, c_double)
+        self.probe_bandwidth = self._function("probe_bandwidth", c_double, p, p, i, c_double)
         self.probe_int8 = self._function("probe_int8", c_double, p, c_double)
 
     def _function(self, name: str, result: Any, *arguments: Any) -> Function:

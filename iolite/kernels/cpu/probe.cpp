@@ -1,6 +1,4 @@
 // The machine's rates, measured by all threads of a pool.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -23,23 +21,9 @@ double median(std::vector<double> values) {
 
 constexpr int64_t kPiece = 128 << 10;  // what a thread claims at a time, as in a product
 
-// Anonymous memory in huge pages, where the system gives them: reading it is as fast as reading gets.
 struct Memory {
-    uint8_t* data;
+    const uint8_t* data;
     int64_t bytes;
-
-    explicit Memory(int64_t wanted) : data(nullptr), bytes(max((int64_t)1, wanted / kPiece) * kPiece) {
-        void* p = mmap(nullptr, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED) return;
-#ifdef MADV_HUGEPAGE
-        madvise(p, (size_t)bytes, MADV_HUGEPAGE);
-#endif
-        data = (uint8_t*)p;
-    }
-    ~Memory() {
-        if (data) munmap(data, (size_t)bytes);
-    }
-    Memory(const Memory&) = delete;
 };
 
 volatile uint64_t sink;
@@ -76,12 +60,8 @@ int best_way(iol_pool* pool, const Memory& memory) {
 
 }  // namespace
 
-double iol_probe_bandwidth(iol_pool* pool, int64_t bytes, double seconds) {
-    const Memory memory(bytes);
-    if (!memory.data) return 0.0;
-    // Pages that nobody wrote to would all be one page of zeros.
-    share(pool, memory.bytes / kPiece, 1,
-          [&](int64_t begin, int64_t) { std::memset(memory.data + begin * kPiece, 1, kPiece); });
+double iol_probe_bandwidth(iol_pool* pool, const void* data, int64_t bytes, double seconds) {
+    const Memory memory{(const uint8_t*)data, bytes / kPiece * kPiece};
     const int way = best_way(pool, memory);
     std::vector<double> rates;
     const auto begin = Clock::now();
