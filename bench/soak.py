@@ -89,6 +89,8 @@ class Client:
         )  # fmt: skip
         with server.client() as asking:
             self._ends = {str(end): -1e5 for end in to_ids(asking, ENDS, False)}
+        with account.lock:
+            account.statuses[200] += 1  # of that request
 
     def act(self) -> None:
         kinds: tuple[tuple[Callable[[], None], int], ...] = (
