@@ -15,6 +15,8 @@ from __future__ import annotations
 import atexit
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -101,9 +103,10 @@ class Engine:
         check_drafts(drafts, self.model.speculator)
         limit = min(params.max_tokens, self.model.context - len(prompt.ids))
         sampler = Sampler(params, constraint)
-        running = Running(prompt, params, limit, lambda: self._cancel(sequence))
+        running = Running(prompt, params, limit)
         size = cache_bytes(self.model, len(prompt.ids) + min(limit, ANSWER))
         sequence = Sequence(running, sampler, drafts, size, self.model.network)
+        running.on_cancel = self._canceller(sequence)
         with self._changed:
             self._check_open()
             if not self._scheduler.add(sequence):
@@ -133,11 +136,12 @@ class Engine:
         """
         check_drafts(drafts, self.model.speculator)
         sampler = Sampler(params, constraint)
-        running = Running(template, params, params.max_tokens, lambda: self._cancel(sequence))
+        running = Running(template, params, params.max_tokens)
         most = self.model.processor.audio_seq_length if most is None else most
         listening = Listening(template, most, self.model.context, running, self._wake)
         size = cache_bytes(self.model, len(template.ids) + listening.most + min(params.max_tokens, ANSWER))
         sequence = LiveSequence(listening, sampler, drafts, size, self.model.network)
+        running.on_cancel = self._canceller(sequence)
         with self._changed:
             self._check_open()
             if not self._scheduler.listen(sequence):
@@ -177,6 +181,17 @@ class Engine:
             raise _stopped(self._broken)
         if self._closes is not None:
             raise BusyError("the engine is being closed", "ask again when it has been started anew", retry_after=5.0)
+
+    def _canceller(self, sequence: Sequence) -> Callable[[], None]:
+        """What an answer calls that is cancelled. It does not keep the sequence: in a cycle with its answer that would
+        keep the cache, too, until the garbage is next collected."""
+        kept = weakref.ref(sequence)
+
+        def cancel() -> None:
+            if (found := kept()) is not None:
+                self._cancel(found)
+
+        return cancel
 
     def _cancel(self, sequence: Sequence) -> None:
         """Called by whoever cancels. What runs is let go by the next step."""

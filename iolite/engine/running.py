@@ -20,8 +20,8 @@ class Running:
     cancels the answer. What went wrong with it is raised where its tokens would have come.
     """
 
-    def __init__(self, prompt: Prompt, params: SamplingParams, limit: int, on_cancel: Callable[[], None]) -> None:
-        """limit: tokens that may be drawn. on_cancel is called, in the thread that cancels, every time."""
+    def __init__(self, prompt: Prompt, params: SamplingParams, limit: int) -> None:
+        """limit: tokens that may be drawn."""
         self.prompt, self.params, self.limit = prompt, params, limit
         self.wait_seconds = 0.0  # before it had a place; in none of the others
         self.prefill_seconds = 0.0  # up to and including the first token
@@ -30,9 +30,9 @@ class Running:
         self.cached_tokens = 0  # of the prompt, that were read before
         self.drafting: Drafting | None = None  # how that went
         self.cancelled = False
+        self.on_cancel: Callable[[], None] | None = None  # called in the thread that cancels, every time
         self.before_wait: Callable[[], None] | None = None  # called by the reader when it has read all that there is
         self._ended = threading.Event()
-        self._on_cancel = on_cancel
         self._coming: SimpleQueue[tuple[Drawn, float] | BaseException | None] = SimpleQueue()
         self._iterated = False
 
@@ -73,7 +73,8 @@ class Running:
         under way. Of an answer that has ended nothing changes."""
         self.cancelled = True
         self.end(None)
-        self._on_cancel()
+        if self.on_cancel:
+            self.on_cancel()
 
     def put(self, drawn: Drawn, seconds: float) -> None:
         """The engine's: one more token, and how long after the last."""

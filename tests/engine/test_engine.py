@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
@@ -19,6 +20,7 @@ from support.oracle import Image, Text
 import iolite
 from iolite.engine.engine import Engine
 from iolite.engine.room import cache_bytes, room_for
+from iolite.engine.sequence import Sequence
 from iolite.engine.step import Step
 from iolite.errors import BusyError, CheckpointError, ContextError, UsageError
 from iolite.generate.loop import Decoding
@@ -456,3 +458,25 @@ def test_tokens_are_not_gathered_beyond_the_last_one(model):
         engine.step()
     whole.gather(60)
     assert time.monotonic() - begin < 60
+
+
+def test_an_answer_that_has_ended_lets_its_cache_go_at_once(model):
+    """A cache of the 12B is hundreds of megabytes, and the garbage collector may come much later."""
+
+    def left():
+        return [found for found in gc.get_objects() if type(found) is Sequence]
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Engine(model) as engine:
+            finished = engine.submit(prompt_of(1), SHORT)
+            list(finished)
+            cancelled = engine.submit(prompt_of(2), LONG)
+            next(iter(cancelled))
+            cancelled.cancel()
+            until(lambda: counts(engine)[:2] == (1, 1))
+        until(lambda: not left())
+        assert finished.count == 6  # who has read an answer keeps what it says
+    finally:
+        gc.enable()
