@@ -84,11 +84,12 @@ class GrowingHtml:
         """HTML to append for good, and HTML of what may still change."""
         while self._new:
             self._open += self._new.popleft()
+        made = to_html.__wrapped__  # what is still to change is not asked for again
         if len(self._open) > MOST_TEXT:
-            return "", to_html(self._open)
+            return "", made(self._open)
         at = _last_block(self._open)
         settled, self._open = self._open[:at], self._open[at:]
-        return to_html(settled) if settled.strip() else "", to_html(self._open)
+        return made(settled) if settled.strip() else "", made(self._open)
 
 
 def _last_block(text: str) -> int:

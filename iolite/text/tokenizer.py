@@ -63,6 +63,9 @@ class Tokenizer:
             )
         backend.no_padding()
         backend.no_truncation()
+        # The library would keep ten thousand texts between special tokens, since a space is no border to it here: 4 KB
+        # of memory for a question that it hardly ever meets again.
+        backend.model._resize_cache(0)
         self._backend = backend
 
     @classmethod

@@ -1,5 +1,7 @@
 """Strings <-> ids: special tokens, bytes, and files that are no tokenizer of the family."""
 
+import ctypes
+import gc
 import threading
 import time
 
@@ -97,3 +99,29 @@ def test_a_long_text_does_not_hold_up_other_threads(tokenizer):
         over.set()
         thread.join()
     assert during > 3
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+def test_texts_that_were_read_are_not_remembered(tokenizer):
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        pytest.skip("only the GNU C library from 2.33 on says how much memory is in use")
+    mallinfo.restype = _Mallinfo
+
+    def read(texts: range) -> int:
+        for number in texts:
+            tokenizer.encode(f"what is {number}? " + "please tell " * 10)
+        gc.collect()
+        return int(mallinfo().uordblks)
+
+    before = read(range(500))
+    # The library's own cache would take 2 KB and more for each.
+    assert read(range(500, 2500)) - before < 2000 * 200
