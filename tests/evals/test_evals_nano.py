@@ -18,6 +18,7 @@ from iolite.checkpoint.safetensors import SafetensorsFile
 from iolite.cli import run_command
 from iolite.errors import ProcessError, UsageError
 from iolite.evals import nano
+from iolite.kernels.ops import only_reference
 from iolite.model.unified import Unified
 from iolite.text.tokenizer import Tokenizer
 from iolite.train.nano import fonts, recipe
@@ -165,6 +166,16 @@ def test_scores_of_training_are_those_of_greedy_decoding(trained: Path, store: P
     right, asked = scorer(network)["transcribe"]
     assert (right, asked) == (answers.count(digit), 12)
     assert model.chat("?", temperature=0.0, max_tokens=4).text == digit
+
+
+def test_scores_of_training_are_the_same_with_and_without_kernels(store: Path) -> None:
+    """Few samples are few tokens, which the kernels take, beside attention in the bfloat16 of autocast."""
+    network = iolite.load("nano", dtype="float32").network
+    scores = recipe.HeldOut(store, Path(iolite.__file__).parent / "nano", Group(), 3)
+    found = scores(network)
+    with only_reference():
+        assert found == scores(network)
+    assert sum(right for right, _ in found.values()) > sum(asked for _, asked in found.values()) / 2
 
 
 def constant_answer(network: Unified, token: int, end: int) -> Unified:

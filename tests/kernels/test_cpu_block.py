@@ -111,6 +111,30 @@ def test_float_weights_are_read_where_they_lie(number, isa, monkeypatch):
         assert not torch.equal(layer(x, angles, attend), fused)
 
 
+def test_it_sees_weights_that_were_moved(decoder, monkeypatch):
+    """`Module.to` leaves a parameter what it is and gives it other memory; so does whoever sets its data."""
+    layer, x, angles = example(decoder, SLIDING, 2)
+    before = layer(x, angles, attend)
+    with torch.inference_mode(False), torch.no_grad():
+        layer.pre_feedforward_layernorm.bfloat16()
+        assert ops.block(layer, x) is None
+        layer.pre_feedforward_layernorm.float()
+        layer.mlp.up_proj.weight.data = layer.mlp.gate_proj.weight.data.clone()
+    assert ops.block(layer, x) is not None
+    after = layer(x, angles, attend)
+    assert not torch.equal(after, before)
+    with monkeypatch.context() as context:
+        context.setattr(ops, "block", lambda layer, x: None)
+        assert torch.equal(after, layer(x, angles, attend))
+
+
+def test_attention_may_answer_in_bfloat16(decoder):
+    """As it does under autocast; read as float32 that would be twice the memory that is there."""
+    layer, x, angles = example(decoder, SLIDING, 3)
+    rounded = layer(x, angles, lambda q, k, v: attend(q, k, v).bfloat16().float())
+    assert torch.equal(layer(x, angles, lambda q, k, v: attend(q, k, v).bfloat16()), rounded)
+
+
 def test_other_weights_and_norms_adapters_and_hooks_go_operation_by_operation(decoder):
     layer, x, angles = example(decoder, SLIDING, 2)
     assert ops.block(layer, x) is not None

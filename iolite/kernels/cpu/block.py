@@ -62,11 +62,18 @@ class Links:
         """hooks: where hooks would be."""
         self.links, self.hooks = links, hooks
         self._holders, self._names, self._values = zip(*links, strict=True)
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._places = self._places_now()
 
     def hold(self) -> bool:
         """Whether everything is still where it was, and no module has got a hook."""
         now = map(dict.get, self._holders, self._names)
-        return all(map(operator.is_, now, self._values)) and not any(self.hooks)
+        same = all(map(operator.is_, now, self._values)) and not any(self.hooks)
+        return same and self._places_now() == self._places
+
+    def _places_now(self) -> list[int]:
+        """Where the tensors lie: `Module.to` gives other memory to the same ones."""
+        return list(map(Tensor.data_ptr, self._tensors))
 
 
 class Block:
@@ -109,7 +116,7 @@ class Block:
         """x [n, M] -> queries [n, H, D], keys and values [n, K, D]: normalised, and turned by cos and sin [n, D/2]."""
         n, D = x.shape[0], self._head_dim
         assert x.shape == (n, self._size) and cos.shape == sin.shape == (n, D // 2)
-        assert cos.dtype is sin.dtype is torch.float32
+        assert x.dtype is cos.dtype is sin.dtype is torch.float32
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         q, k, v = torch.empty(n, self._heads, D), torch.empty(n, self._kv_heads, D), torch.empty(n, self._kv_heads, D)
         library = loaded()
@@ -122,7 +129,8 @@ class Block:
     def end(self, x: Tensor, attended: Tensor) -> Tensor:
         """The block's output [n, M] for its input x [n, M] and what attention gave, [n, H, D]."""
         assert attended.shape == (x.shape[0], self._heads, self._head_dim) and x.shape[1] == self._size
-        x, attended = x.contiguous(), attended.contiguous()
+        assert x.dtype is torch.float32
+        x, attended = x.contiguous(), attended.float().contiguous()  # under autocast attention may give bfloat16
         out = torch.empty_like(x)
         library = loaded()
         library.block_end(library.pool, self._at, x.data_ptr(), attended.data_ptr(), x.shape[0], out.data_ptr())

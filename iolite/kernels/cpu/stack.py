@@ -74,6 +74,7 @@ def stack(layers: nn.ModuleList, x: Tensor, sliding: Angles, full: Angles, segme
         return None
     x = x.clone(memory_format=torch.contiguous_format)
     angles = [t.contiguous() for t in (sliding[0], full[0], sliding[1], full[1])]
+    assert all(t.dtype is torch.float32 for t in (x, *angles))
     cos, sin = ((c_void_p * 2)(*(t.data_ptr() for t in pair)) for pair in (angles[:2], angles[2:]))
     count, library = len(segments), loaded()
     told = (SegmentArg * count)(*[SegmentArg(_rows(s.cache).argument, s.n, s.cache.length) for s in segments])
