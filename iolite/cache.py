@@ -25,6 +25,7 @@ from iolite.config import TextConfig
 from iolite.kernels.contracts import Keys
 
 SLACK = 1024  # tokens a ring holds beyond its window, and so how far back a rewind may go
+_CPU = torch.device("cpu")
 _FIRST_ROOM = 64  # tokens; doubled as needed where memory is not given page by page
 
 
@@ -98,8 +99,9 @@ class LayerCache(ABC):
 
     def place(self, start: int, n: int) -> None:
         """Makes room for float32 numbers of positions start..start+n on the CPU that somebody else will write."""
-        self.used = max(self.used, min(start + n, self.limit))
-        self.reserve(self.used, torch.device("cpu"), torch.float32)
+        if self.used < start + n and self.used < self.limit:
+            self.used = min(start + n, self.limit)
+            self.reserve(self.used, _CPU, torch.float32)
 
     def put(self, rows: Sequence[Tensor], first: int) -> None:
         """Writes encoded rows from row `first` on, around the end if need be."""
@@ -159,7 +161,8 @@ class RingCache(LayerCache):
 
     def place(self, start: int, n: int) -> None:
         super().place(start, n)
-        self.oldest = max(self.oldest, start + n - self.limit)
+        if start + n - self.limit > self.oldest:
+            self.oldest = start + n - self.limit
 
     def fits(self, start: int, n: int) -> bool:
         """Whether n new tokens leave what their first query sees where it is."""
@@ -198,13 +201,13 @@ class KVCache:
                 self.layers.append(GrowingCache(layout, self.max_length, dtype))
             else:
                 self.layers.append(RingCache(layout, config.sliding_window, slack, dtype))
-        self.rings = [layer for layer in self.layers if isinstance(layer, RingCache)]
+        self.rings = [layer for layer in self.layers if isinstance(layer, RingCache)]  # of one size
         self.length = 0
 
     def place(self, n: int, key_weights: Sequence[Tensor]) -> bool:
         """Makes room for n more tokens, computed in float32 on the CPU, that a kernel will write to all layers; the
         caller adds n to `length` afterwards. False, and nothing done, where a ring is too small to write in place."""
-        if not all(ring.fits(self.length, n) for ring in self.rings):
+        if self.rings and not self.rings[0].fits(self.length, n):
             return False
         for layer, weight in zip(self.layers, key_weights, strict=True):
             layer.layout.take(weight)
@@ -219,7 +222,8 @@ class KVCache:
     @property
     def earliest(self) -> int:
         """The shortest length besides 0 that `rewind` can go back to."""
-        return max((ring.earliest for ring in self.rings), default=0)
+        # All rings have one size, and of a pass that was broken off the first has the most.
+        return self.rings[0].earliest if self.rings else 0
 
     def rewind(self, length: int) -> None:
         """Forgets all tokens from position `length` on. It costs nothing and loses nothing else.

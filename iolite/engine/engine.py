@@ -16,8 +16,9 @@ import atexit
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 from iolite.engine.listening import Listening, LiveSequence
@@ -74,7 +75,7 @@ class Engine:
             self.prefixes.budget_bytes = room
         self._scheduler: Scheduler[Sequence] = Scheduler(slots, waiting, room, listeners)
         self._step = Step(model.network, self.prefixes, model.speculator, Pace(model.chunk))
-        self._stats = Stats()
+        self._counts = Counter[str]()  # of those of Stats that only grow
         self._usual = 1.0  # seconds that an answer has a place for
         self._closes: float | None = None  # when what is not complete is ended
         self._broken: BaseException | None = None
@@ -155,8 +156,8 @@ class Engine:
 
     def stats(self) -> Stats:
         with self._changed:
-            return replace(
-                self._stats,
+            return Stats(
+                **self._counts,
                 running=len(self._scheduler.running),
                 waiting=len(self._scheduler.waiting),
                 listening=len(self._scheduler.live),
@@ -313,7 +314,8 @@ class Engine:
             sequence.leave(self.prefixes, whole=self._broken is None)
 
     def _count(self, **more: int) -> None:
-        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
+        for name, n in more.items():
+            self._counts[name] += n
 
 
 def _stopped(error: BaseException) -> RuntimeError:

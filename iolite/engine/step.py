@@ -21,7 +21,7 @@ from iolite.engine.pace import Pace
 from iolite.engine.sequence import Sequence
 from iolite.engine.threads import MUCH, threads
 from iolite.generate.costs import MOST_DRAFTS
-from iolite.generate.passes import check_numbers
+from iolite.generate.passes import are_numbers, check_numbers
 from iolite.generate.speculative import Proposal, Speculator
 from iolite.model.batch import RaggedBatch
 from iolite.model.unified import Unified
@@ -40,6 +40,7 @@ class Turn:
     scored: int  # of how many of the last tokens the scores are wanted
     proposal: Proposal | None = None  # None: it reads its prompt
     found: tuple[Tensor, Tensor] | None = None  # hidden states [scored, M] and scores [scored, V]
+    sound: bool = True  # all the pass's scores are numbers; else those of each turn are looked at
 
     @property
     def cache(self) -> KVCache:
@@ -156,19 +157,24 @@ class Step:
         caches, parts = [turn.cache for turn in turns], [turn.part for turn in turns]
         ids = torch.tensor([token for part in parts for token in part.ids], device=self.device)
         batch = RaggedBatch.from_parts(self.network.config.text, caches, parts, self.device)
-        hidden = self.network(ids, batch).split([len(part.ids) for part in parts])
-        scored = [turn.scored for turn in turns]
-        rows = torch.cat([h[len(h) - count :] for h, count in zip(hidden, scored, strict=True)])
+        rows, scored = self.network(ids, batch), [turn.scored for turn in turns]
+        lengths = [len(part.ids) for part in parts]
+        if lengths != scored:
+            hidden = rows.split(lengths)
+            rows = torch.cat([h[len(h) - count :] for h, count in zip(hidden, scored, strict=True)])
         if not len(rows):
             return
-        for turn, h, logits in zip(turns, rows.split(scored), self.network.logits(rows).split(scored), strict=True):
-            turn.found = h, logits
+        found = self.network.logits(rows)
+        sound = are_numbers(found)
+        for turn, h, logits in zip(turns, rows.split(scored), found.split(scored), strict=True):
+            turn.found, turn.sound = (h, logits), sound
 
     def _take(self, turn: Turn, hidden: Tensor, logits: Tensor, seconds: float, plain: float, done: Done) -> None:
         """Draws what the scores of a turn's last tokens allow."""
         sequence = turn.sequence
         try:
-            check_numbers(logits)
+            if not turn.sound:
+                check_numbers(logits)
             if turn.proposal is None:
                 drawn = sequence.begin(hidden, logits)
             elif self.speculator:

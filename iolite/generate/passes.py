@@ -49,10 +49,15 @@ class Passes:
         return self._recorded[key]
 
 
+def are_numbers(logits: Tensor) -> bool:
+    """Whether every score is one."""
+    # On a CPU by NumPy, on one thread: torch's would wait for the cores on which the kernels' threads spin.
+    return not (np.isnan(logits.numpy()).any() if logits.is_cpu else logits.isnan().any())
+
+
 def check_numbers(logits: Tensor) -> None:
     """Raises CheckpointError when a score is not a number."""
-    # On a CPU by NumPy, on one thread: torch's would wait for the cores on which the kernels' threads spin.
-    if np.isnan(logits.numpy()).any() if logits.is_cpu else logits.isnan().any():
+    if not are_numbers(logits):
         raise CheckpointError(
             "the model computed values that are not numbers (NaN)",
             "its weights are damaged, or the number format is too narrow for it: try float32 or bfloat16",

@@ -126,12 +126,14 @@ class RaggedBatch:
         """parts[i], with the media among its tokens, continues caches[i]."""
         segments, placed, offset = [], [], 0
         for cache, part in zip(caches, parts, strict=True):
-            blocks = part.blocks() if part.spans else np.zeros(0)
-            two_way = torch.from_numpy(blocks).to(device) if blocks.any() else None
+            two_way = None
+            if part.spans:
+                placed += [(offset, span) for span in part.spans]
+                if (blocks := part.blocks()).any():
+                    two_way = torch.from_numpy(blocks).to(device)
             segments.append(Segment(cache, len(part.ids), two_way))
-            placed += [(offset, span) for span in part.spans]
             offset += len(part.ids)
-        return cls(config, segments, gather_media(placed, device), device)
+        return cls(config, segments, gather_media(placed, device) if placed else Media(), device)
 
     def attend(self, layer: int, key_weight: Tensor | None = None) -> Attend:
         window = None if self.config.is_full(layer) else self.config.sliding_window

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from iolite.config import ModelConfig
@@ -38,9 +39,7 @@ class Unified(nn.Module):
 
         A placeholder that no media stand behind, one that the model itself has drawn, is padding, as in the reference.
         """
-        c = self.config
-        placeholder = (ids == c.image_token_id) | (ids == c.audio_token_id) | (ids == c.video_token_id)
-        x = self.language_model.embed(ids.masked_fill(placeholder, c.text.pad_token_id))
+        x = self.language_model.embed(self._without_placeholders(ids))
         flat = x.flatten(0, -2)
         if media.pixels is not None and media.positions is not None and media.pixel_index is not None:
             soft = self.embed_vision(self.vision_embedder(media.pixels, media.positions))
@@ -50,7 +49,20 @@ class Unified(nn.Module):
             flat = flat.index_copy(0, media.frame_index, soft.to(flat.dtype))
         return flat.view_as(x)
 
+    def _without_placeholders(self, ids: Tensor) -> Tensor:
+        """The ids with padding in place of those that stand for media."""
+        c = self.config
+        media = (c.image_token_id, c.audio_token_id, c.video_token_id)
+        if _is_short(ids) and not any(token in media for token in ids.flatten().tolist()):
+            return ids  # what is nearly always so while drawing, when each operation of torch's costs as much as this
+        placeholder = (ids == media[0]) | (ids == media[1]) | (ids == media[2])
+        return ids.masked_fill(placeholder, c.text.pad_token_id)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [N, vocabulary] in float32, soft-capped, for hidden states [N, M]."""
         scores = self.language_model.embed_tokens.scores if self.lm_head is None else self.lm_head
         return ops.softcap(scores(hidden).float(), self.config.text.final_logit_softcapping)
+
+
+def _is_short(ids: Tensor) -> bool:
+    return ids.is_cpu and ids.numel() <= 16 and not torch.compiler.is_compiling()

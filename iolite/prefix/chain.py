@@ -65,14 +65,20 @@ class Chain:
         """Forgets all tokens from position `length` on."""
         del self._digests[length * SIZE :]
 
+    def shares(self, other: Chain, length: int) -> bool:
+        """Whether both begin with the same `length` tokens."""
+        end = length * SIZE
+        theirs = other._digests[end - SIZE : end] if length else b""
+        return len(theirs) == min(end, SIZE) and self._digests.startswith(theirs, max(0, end - SIZE))
+
     def common(self, other: Chain) -> int:
         """How many tokens both begin with."""
-        mine, theirs = self._digests, other._digests
         low, high = 0, min(len(self), len(other))
-        while low < high:
-            middle = (low + high + 1) // 2
-            place = slice((middle - 1) * SIZE, middle * SIZE)
-            low, high = (middle, high) if mine[place] == theirs[place] else (low, middle - 1)
+        if self.shares(other, high):  # one goes on where the other ends
+            return high
+        while low + 1 < high:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.shares(other, middle) else (low, middle)
         return low
 
     def _extend_span(self, ids: Sequence[int], span: Span) -> None:
@@ -91,5 +97,7 @@ class Chain:
 def last_cut(prompt: Prompt, length: int) -> int:
     """The last place at or before `length` where a prompt may be cut: pictures and video frames are read in one pass,
     since their tokens look at each other both ways. Sound may be cut."""
+    if not prompt.spans:
+        return length
     inside = (s for s in prompt.spans if s.kind != "audio" and s.start < length < s.stop)
     return next((span.start for span in inside), length)

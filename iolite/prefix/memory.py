@@ -149,6 +149,7 @@ class PrefixCache:
         self.disk: DiskStore | None = None
         self._budget = budget_bytes
         self._kept: list[Kept] = []
+        self._kept_bytes = 0
         self._out: WeakSet[Lease] = WeakSet()  # weak: one that is forgotten instead of given back counts no longer
         self._rows: list[tuple[int, int]] = []  # (most rows, bytes of one) of each layer, known after the first use
         self._uses = 0
@@ -158,7 +159,7 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Of all sequences; of those in use, at least what their prompts will take."""
-        return self._out_bytes() + sum([kept.num_bytes for kept in list(self._kept)])
+        return self._out_bytes() + self._kept_bytes
 
     def _out_bytes(self) -> int:
         return sum(max(lease.expected, lease.kept.num_bytes) for lease in list(self._out))
@@ -214,7 +215,7 @@ class PrefixCache:
             if length == 0:
                 return
             self._rows = [(layer.limit, layer.row_bytes) for layer in kept.cache.layers]
-            self._kept.append(kept)
+            self._keep(kept)
             self._make_room(0)
 
     def drop(self, lease: Lease) -> None:
@@ -250,13 +251,21 @@ class PrefixCache:
         """Forgets all sequences that are not in use."""
         with self._lock:
             self._kept.clear()
+            self._kept_bytes = 0
+
+    def _keep(self, kept: Kept) -> None:
+        self._kept.append(kept)
+        self._kept_bytes += kept.num_bytes
+
+    def _let_go(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        self._kept_bytes -= kept.num_bytes
 
     def _claim(self, prompt: Prompt, chain: Chain) -> tuple[Kept, int]:
         """A sequence and how much of it is usable, taken out of those that are kept."""
         wanted = self._bytes_of(len(prompt.ids))
-        found = [(kept.usable(prompt, chain), -len(kept.chain), kept.used, kept) for kept in self._kept]
-        reused, _, _, kept = max(found, key=lambda item: item[:3], default=(0, 0, 0, None))
-        if kept is None or reused == 0:
+        kept, reused = self._best(prompt, chain)
+        if kept is None:
             self._make_room(wanted)
             return Kept(self.make(), Chain(self.seed)), 0
         # What can only be gone back to through a checkpoint cannot be copied.
@@ -265,8 +274,20 @@ class PrefixCache:
             self._make_room(wanted)
             with torch.inference_mode():
                 return Kept(kept.cache.copy(reused), Chain(self.seed)), reused
-        self._kept.remove(kept)
+        self._let_go(kept)
         return kept, reused
+
+    def _best(self, prompt: Prompt, chain: Chain) -> tuple[Kept | None, int]:
+        """What most of a prompt is usable of, and how much; of several the shortest, and then what was used last."""
+        best, reused, rank = None, 0, (0, 0)
+        for kept in self._kept:
+            own = (-len(kept.chain), kept.used)
+            if not chain.shares(kept.chain, reused if own > rank else reused + 1):
+                continue  # it cannot be better: of hundreds that begin alike few have to be looked at closely
+            usable = kept.usable(prompt, chain)
+            if usable and (usable, own) > (reused, rank):
+                best, reused, rank = kept, usable, own
+        return best, reused
 
     def _load(self, prompt: Prompt, chain: Chain) -> tuple[Kept, int] | None:
         """A sequence from the disk, if one there has more in common with the prompt than all in memory."""
@@ -290,14 +311,14 @@ class PrefixCache:
             with self._lock:
                 if kept not in self._kept or not _worth_writing(kept, growth):
                     continue
-                self._kept.remove(kept)
+                self._let_go(kept)
             try:
                 if self.disk.write(kept):
                     kept.written, kept.written_length = kept.chain.end, len(kept.chain)
                     written += 1
             finally:
                 with self._lock:
-                    self._kept.append(kept)
+                    self._keep(kept)
         return written
 
     def _now(self) -> int:
@@ -321,11 +342,12 @@ class PrefixCache:
         budget = self.budget_bytes
         while budget is not None and self._kept and self.num_bytes + wanted > budget:
             oldest = min(self._kept, key=lambda kept: kept.used)
+            self._let_go(oldest)
             if oldest.checkpoints:
                 oldest.checkpoints = []
-                continue
-            self._kept.remove(oldest)
-            self.counters.evictions += 1
+                self._keep(oldest)
+            else:
+                self.counters.evictions += 1
 
 
 def _worth_writing(kept: Kept, growth: float) -> bool:
