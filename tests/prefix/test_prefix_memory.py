@@ -17,6 +17,7 @@ from iolite.cache import GrowingCache, KVCache, LayerCache, RingCache
 from iolite.generate.loop import Decoding
 from iolite.generate.sampling import SamplingParams
 from iolite.kernels import ops
+from iolite.prefix.chain import Chain
 from iolite.prefix.memory import PrefixCache
 from iolite.prompt import Prompt
 
@@ -336,5 +337,21 @@ def test_whatever_is_read_in_whatever_order_the_scores_are_those_of_a_cold_run(l
     network = load_tiny(NAME)
     read = Reader(network, PrefixCache(lambda: KVCache(network.config.text, 1024, slack=slack), budget))
     for runs, answer in turns:
-        read(prompt_of(*runs), text((0, answer)))
+        prompt = prompt_of(*runs)
+        assert found(read.prefixes, prompt) == likeliest(read.prefixes, prompt)
+        read(prompt, text((0, answer)))
         assert budget is None or read.prefixes.num_bytes <= budget
+        assert read.prefixes.num_bytes == sum(kept.num_bytes for kept in read.prefixes._kept)
+
+
+def found(prefixes: PrefixCache, prompt: Prompt) -> tuple[int, int, int]:
+    """How much the chosen sequence has of a prompt, and which it is."""
+    kept, reused = prefixes._best(prompt, Chain.of(prompt))
+    return (0, 0, 0) if kept is None else (reused, -len(kept.chain), kept.used)
+
+
+def likeliest(prefixes: PrefixCache, prompt: Prompt) -> tuple[int, int, int]:
+    """The same by looking at all of them."""
+    chain = Chain.of(prompt)
+    every = ((kept.usable(prompt, chain), -len(kept.chain), kept.used) for kept in prefixes._kept)
+    return max((one for one in every if one[0]), default=(0, 0, 0))
