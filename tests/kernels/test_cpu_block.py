@@ -202,3 +202,14 @@ def test_layers_packed_after_loading(monkeypatch):
     assert ops.block(layer, x) is not None
     after = layer(x, angles, attend)
     assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_what_torch_makes_by_default_changes_nothing(decoder, default):
+    layer, x, angles = example(decoder, FULL, 3)
+    expected = layer(x, angles, attend)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(layer(x, angles, attend), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -118,7 +118,7 @@ class Block:
         assert x.shape == (n, self._size) and cos.shape == sin.shape == (n, D // 2)
         assert x.dtype is cos.dtype is sin.dtype is torch.float32
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        q, k, v = torch.empty(n, self._heads, D), torch.empty(n, self._kv_heads, D), torch.empty(n, self._kv_heads, D)
+        q, k, v = (x.new_empty(n, heads, D) for heads in (self._heads, self._kv_heads, self._kv_heads))
         library = loaded()
         library.block_begin(
             library.pool, self._at, x.data_ptr(), n, cos.data_ptr(), sin.data_ptr(),
