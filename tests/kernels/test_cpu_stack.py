@@ -209,3 +209,19 @@ def test_hooks_on_all_modules_are_called(network):
     run(network, KVCache(network.config.text, 100), [2])
     hook.remove()
     assert seen.count("DecoderLayer") == seen.count("MLP") == network.config.text.num_hidden_layers
+
+
+def test_a_cache_that_begins_anew_takes_up_weights_that_have_changed(network):
+    """In place, as training does: the parameter is the same one. A cache holds what it has made of it."""
+    cache = KVCache(network.config.text, 100)
+    run(network, cache, [3, 1])
+    weights = [layer.self_attn.k_norm.weight for layer in network.language_model.layers]
+    kept = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight[::3] *= 3
+    try:
+        cache.rewind(0)
+        assert torch.equal(run(network, cache, [3, 1]), run(network, KVCache(network.config.text, 100), [3, 1]))
+    finally:
+        for weight, before in zip(weights, kept, strict=True):
+            weight.copy_(before)
