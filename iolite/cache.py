@@ -236,6 +236,8 @@ class KVCache:
         if length == 0:
             for ring in self.rings:
                 ring.oldest = 0
+            for layer in self.layers:
+                layer.layout.forget()  # the model may have been trained meanwhile
 
     def copy(self, length: int) -> KVCache:
         """An independent cache of the first `length` tokens. Raises ValueError where `rewind` would."""

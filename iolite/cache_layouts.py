@@ -40,6 +40,10 @@ class Layout(Protocol):
         """Sets factor and unit for a weight [D] of k_norm. encode and queries do so too."""
         ...
 
+    def forget(self) -> None:
+        """Has the weight looked at anew the next time: its numbers may be others."""
+        ...
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the buffers."""
@@ -80,6 +84,9 @@ class Apart:
         self.factor: Tensor | None = None
 
     def take(self, key_weight: Tensor | None) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def encode(self, k: Tensor, v: Tensor, key_weight: Tensor | None) -> tuple[Tensor, ...]:
@@ -148,6 +155,9 @@ class Shared:
         size = float(turned.square().mean().sqrt()) if self.turned else 1.0
         self.unit = 2.0 ** round(math.log2(size)) if 1e-30 < size < 1e30 else 1.0
         self.factor, self._weight = torch.cat((rest, torch.full_like(turned, self.unit))), key_weight
+
+    def forget(self) -> None:
+        self.factor = self._weight = None
 
 
 def layout_of(config: TextConfig, layer: int, shared: bool = True) -> Layout:

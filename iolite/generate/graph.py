@@ -91,7 +91,7 @@ class StaticStep:
             self._compute = torch.compile(self._pass, backend=backend, fullgraph=True, dynamic=False)
         self._replay: Callable[[], None] | None = None
         self._found: tuple[Tensor, Tensor] | None = None
-        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
 
     @torch.inference_mode()
     def __call__(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -99,10 +99,10 @@ class StaticStep:
         overwrites them."""
         assert len(ids) == self.n
         reserve(self.cache, self.cache.length + self.n)
-        buffers = [layer.buffers[0] for layer in self.cache.layers]
-        if any(new is not old for new, old in zip(buffers, self._buffers, strict=False)):
-            self._replay = self._found = None  # whoever made the cache grow
-        self._buffers = buffers
+        kept = [part for layer in self.cache.layers for part in (layer.buffers[0], layer.layout.factor)]
+        if any(new is not old for new, old in zip(kept, self._kept, strict=False)):
+            self._replay = self._found = None  # whoever made the cache grow, or begin anew
+        self._kept = kept
         # The embedding stays outside of what is recorded: it copies its scale from the host.
         embedded = self.network.embed(torch.tensor(ids, device=self.device), Media())
         if self.hidden is None:

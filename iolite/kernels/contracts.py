@@ -1,11 +1,16 @@
-"""What kernels are handed besides tensors: a packed matrix, the keys and values of a cache, new tokens for one."""
+"""What kernels are handed besides tensors: a packed matrix, the keys and values of a cache, new tokens for one; and
+which modules they may stand in for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 class Code(Protocol):
@@ -61,3 +66,33 @@ class Keys:
     room: int
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+
+
+_replaceable: set[Callable[..., Any]] = {nn.Linear.forward}
+
+
+def replaceable(forward: Forward) -> Forward:
+    """Marks the `forward` of a module as one that kernels may stand in for. A subclass's own, or one that was put on a
+    single module, is called."""
+    _replaceable.add(forward)
+    return forward
+
+
+def is_replaceable(module: nn.Module) -> bool:
+    """Whether nothing hangs on a call of the module but the outcome of a marked `forward`."""
+    own = "forward" in module.__dict__ or type(module).forward not in _replaceable
+    return not own and not any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """Where the hooks of a module are, and those of all modules."""
+    return (
+        module._forward_pre_hooks, module._forward_hooks,
+        modules._global_forward_pre_hooks, modules._global_forward_hooks,
+    )  # fmt: skip
+
+
+def matrix_of(layer: nn.Module) -> Matrix | None:
+    """The packed weights of a layer that has them, and only multiplies with them."""
+    matrix: Matrix | None = getattr(layer, "matrix", None)
+    return matrix if matrix is not None and is_replaceable(layer) else None

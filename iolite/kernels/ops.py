@@ -1,7 +1,7 @@
 """The operations that the network is made of, each handed to the fastest kernel that can take its tensors.
 
-`reference.py` defines every one of them. The C++ kernels take float32 on the CPU when no gradient is wanted, the Triton
-kernels take packed weights on a CUDA device, and the reference takes the rest. IOLITE_KERNELS=reference in the
+`reference.py` defines every one of them. The C++ kernels take float32 on the CPU, the Triton kernels packed weights
+on a CUDA device, both when no gradient is wanted, and the reference takes the rest. IOLITE_KERNELS=reference in the
 environment, or `only_reference()` around a call, leaves everything to the reference.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iolite.kernels import cpu, reference
-from iolite.kernels.contracts import Keys, Matrix, Segment
+from iolite.kernels.contracts import Keys, Matrix, Segment, matrix_of
 from iolite.kernels.reference import attention
 
 __all__ = [
@@ -28,7 +28,11 @@ __all__ = [
 
 Angles = tuple[Tensor, Tensor]
 
-_wants_gradient, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling  # asked hundreds of times a token
+# Asked hundreds of times a token.
+_wants_gradient, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+_count_watchers, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
 _allowed = os.environ.get("IOLITE_KERNELS", "") != "reference"
 
 
@@ -43,13 +47,25 @@ def only_reference() -> Iterator[None]:
         _allowed = before
 
 
+def _is_here(x: Tensor) -> bool:
+    """Whether the numbers lie where `data_ptr` says, which they need not for a subclass of torch's tensors."""
+    return type(x) in _PLAIN and x.is_cpu
+
+
+def _is_watched() -> bool:
+    """Whether somebody follows torch's operations, to whom what a C function does would be nothing: a count of them, a
+    trace, or tensors that only have shapes."""
+    return _count_watchers() > 0 or _tracing() is not None
+
+
 def _on_cpu(x: Tensor) -> bool:
     return (
         _allowed
         and x.dtype is torch.float32
-        and x.is_cpu
+        and _is_here(x)
         and not _wants_gradient()
         and not _is_compiling()
+        and not _is_watched()
         and cpu.load() is not None
     )
 
@@ -58,7 +74,11 @@ def _packed(x: Tensor) -> ModuleType | None:
     """The module whose kernels multiply x with packed matrices, None for the reference."""
     if _on_cpu(x):
         return cpu
-    return _triton() if _allowed and x.device.type == "cuda" else None
+    return _triton() if _on_cuda(x) else None
+
+
+def _on_cuda(x: Tensor) -> bool:
+    return _allowed and x.device.type == "cuda" and not _wants_gradient()
 
 
 def _is_few(x: Tensor) -> bool:
@@ -72,19 +92,19 @@ def _triton() -> ModuleType | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if _on_cpu(x):
+    if _on_cpu(x) and (weight is None or _is_here(weight)):
         return cpu.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
-    if _on_cpu(x):
+    if _on_cpu(x) and residual.dtype is torch.float32 and _is_here(residual) and _is_here(weight):
         return cpu.add_rms_norm(residual, x, weight, eps, 1.0 if scale is None else scale.item())
     return reference.add_rms_norm(residual, x, weight, eps, scale)
 
 
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    if _on_cpu(x) and x.dim() == 3:
+    if _on_cpu(x) and x.dim() == 3 and _is_here(weight) and _is_here(cos) and _is_here(sin):
         return cpu.norm_rope(x, weight, eps, cos, sin)
     return reference.norm_rope(x, weight, eps, cos, sin)
 
@@ -104,12 +124,12 @@ def _frequencies(head_dim: int, theta: float, num_angles: int) -> Tensor:
 
 
 def attend(q: Tensor, keys: Keys, window: int | None, blocks: Tensor | None) -> Tensor:
-    if _on_cpu(q) and keys.k.dtype in cpu.KINDS:
+    if _on_cpu(q) and keys.k.dtype in cpu.KINDS and _is_here(keys.k):
         return cpu.attention(
             q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
             window=window or 0, blocks=blocks, k_scale=keys.k_scale, v_scale=keys.v_scale,
         )  # fmt: skip
-    if _allowed and q.device.type == "cuda" and blocks is None and q.shape[0] <= 8 and (gpu := _triton()):
+    if _on_cuda(q) and blocks is None and q.shape[0] <= 8 and (gpu := _triton()):
         return gpu.attention(
             q, keys.k, keys.v, first=keys.first, room=keys.room, keys=keys.count, past=keys.count - q.shape[0],
             window=window or 0, k_scale=keys.k_scale, v_scale=keys.v_scale,
@@ -135,7 +155,9 @@ def stack(
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return cpu.geglu(gate, up) if _on_cpu(gate) else reference.geglu(gate, up)
+    if _on_cpu(gate) and up.dtype is torch.float32 and _is_here(up):
+        return cpu.geglu(gate, up)
+    return reference.geglu(gate, up)
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
@@ -151,13 +173,14 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., C] times every row of a float table [R, C]: [..., R]."""
-    if _is_few(x) and _on_cpu(x) and weight.dtype is torch.float32 and weight.is_contiguous():
+    if _is_few(x) and _on_cpu(x) and _is_here(weight) and weight.dtype is torch.float32 and weight.is_contiguous():
         return cpu.float_linear(x, weight)
     return F.linear(x, weight)
 
 
 def embed(matrix: Matrix, ids: Tensor) -> Tensor:
-    if _allowed and ids.device.type == "cpu" and not torch.compiler.is_compiling() and cpu.load() is not None:
+    here = _allowed and _is_here(ids) and _is_here(matrix.data) and not _is_compiling() and not _is_watched()
+    if here and cpu.load() is not None:
         return cpu.embed(matrix, ids)
     if _allowed and ids.device.type == "cuda" and (gpu := _triton()):
         return gpu.embed(matrix, ids)
@@ -165,8 +188,8 @@ def embed(matrix: Matrix, ids: Tensor) -> Tensor:
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """Several linear layers of one input. Those with packed weights (they have `.matrix`) share one pass."""
-    matrices = [getattr(layer, "matrix", None) for layer in linears]
+    """Several linear layers of one input. Those that only multiply with packed weights share one pass."""
+    matrices = [matrix_of(layer) for layer in linears]
     if None in matrices or (backend := _packed(x)) is None:
         return tuple(layer(x) for layer in linears)
     return tuple(backend.linear(x, matrices))
@@ -174,7 +197,7 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     """gelu(gate(x)) * up(x)."""
-    matrices = [getattr(layer, "matrix", None) for layer in (gate, up)]
+    matrices = [matrix_of(layer) for layer in (gate, up)]
     if None in matrices or (backend := _packed(x)) is None:
         return geglu(gate(x), up(x))
     return backend.gated(x, *matrices)

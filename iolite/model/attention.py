@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from iolite.config import TextConfig
 from iolite.kernels import ops
+from iolite.kernels.contracts import replaceable
 from iolite.model.norm import RMSNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,6 +37,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, self.eps)
         self.k_norm = RMSNorm(self.head_dim, self.eps)
 
+    @replaceable
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         heads = (-1, self.head_dim)
         if self.v_proj is None:

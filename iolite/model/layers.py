@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from iolite.config import TextConfig
 from iolite.kernels import ops
+from iolite.kernels.contracts import replaceable
 from iolite.model.attention import Attend, Attention
 from iolite.model.norm import RMSNorm
 
@@ -25,6 +26,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    @replaceable
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.gated(x, self.gate_proj, self.up_proj))
 
@@ -62,6 +64,7 @@ class DecoderLayer(Block):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__(config, Attention(config, layer))
 
+    @replaceable
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         if (block := ops.block(self, x)) is not None:  # the same in two calls
             return block.end(x, attend(*block.begin(x, *angles)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from iolite.kernels import ops
+from iolite.kernels.contracts import replaceable
 
 
 class RMSNorm(nn.Module):
@@ -16,6 +17,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    @replaceable
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iolite.kernels import ops
+from iolite.kernels.contracts import replaceable
 from iolite.quant.formats import Format, PackedMatrix
 from iolite.quant.schemes import format_for, quantise_named
 
@@ -40,6 +41,7 @@ class Packed(nn.Module):
 class QuantLinear(Packed):
     """x [..., C] -> [..., R] in x's dtype, without a bias."""
 
+    @replaceable
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.matrix)
 

@@ -8,12 +8,16 @@ import pytest
 import torch
 from support.cpu_kernels import ISAS, code_path
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrize import register_parametrization
+from torch.testing._internal.two_tensor import TwoTensor
 
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.synthetic import SyntheticSource, config_of
 from iolite.kernels import cpu, ops
 from iolite.model.decoder import Decoder
 from iolite.model.layers import DecoderLayer
+from iolite.model.norm import RMSNorm
 from iolite.quant.linear import QuantLinear, quantize_
 
 pytestmark = pytest.mark.skipif(cpu.load() is None, reason=f"no C++ kernels: {cpu.reason()}")
@@ -202,3 +206,98 @@ def test_layers_packed_after_loading(monkeypatch):
     assert ops.block(layer, x) is not None
     after = layer(x, angles, attend)
     assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_what_torch_makes_by_default_changes_nothing(decoder, default):
+    layer, x, angles = example(decoder, FULL, 3)
+    expected = layer(x, angles, attend)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(layer(x, angles, attend), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def other_norm(layer: DecoderLayer) -> None:
+    layer.input_layernorm = nn.LayerNorm(len(layer.input_layernorm.weight))
+
+
+def other_eps(layer: DecoderLayer) -> None:
+    layer.post_feedforward_layernorm.eps = 0.5
+
+
+def other_eps_of_heads(layer: DecoderLayer) -> None:
+    layer.self_attn.eps = 50.0
+
+
+def computed_weight(layer: DecoderLayer) -> None:
+    layer.input_layernorm = RMSNorm(len(layer.input_layernorm.weight), layer.input_layernorm.eps)
+    register_parametrization(layer.input_layernorm, "weight", nn.Tanh())
+
+
+def other_forward(layer: DecoderLayer) -> None:
+    before = layer.mlp.forward
+    layer.mlp.forward = lambda x: before(x).abs()
+
+
+def subclass(layer: DecoderLayer) -> None:
+    class Positive(QuantLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).abs()
+
+    layer.self_attn.o_proj = Positive(layer.self_attn.o_proj.matrix)
+
+
+@pytest.mark.parametrize(
+    "change", [other_norm, other_eps, other_eps_of_heads, computed_weight, other_forward, subclass]
+)
+def test_what_the_kernels_would_compute_otherwise_goes_operation_by_operation(decoder, change):
+    """What the reference makes of the layer then, to within what rounding activations to int8 leaves."""
+    layer, x, angles = example(decoder, SLIDING, 2)
+    with ops.only_reference():
+        before = layer(x, angles, attend)
+        with torch.inference_mode(False):
+            change(layer)
+        expected = layer(x, angles, attend)
+    assert ops.block(layer, x) is None
+    found = layer(x, angles, attend)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    assert (expected - before).abs().max() > 0.1 * float(expected.abs().max())
+
+
+def test_a_forward_of_its_own_is_noticed_later(decoder):
+    layer, x, _ = example(decoder, SLIDING, 2)
+    assert ops.block(layer, x) is not None
+    layer.mlp.down_proj.forward = layer.mlp.down_proj.forward
+    assert ops.block(layer, x) is None
+    del layer.mlp.down_proj.forward
+    assert ops.block(layer, x) is not None
+    hook = register_module_forward_hook(lambda *_: None)
+    assert ops.block(layer, x) is None
+    hook.remove()
+    assert ops.block(layer, x) is not None
+
+
+def test_sizes_that_do_not_fit_together_are_refused_by_torch(decoder):
+    """The library would write as many rows as there are to where it has room for fewer."""
+    floats = decoder_of(None).layers
+    _, x, angles = example(decoder, SLIDING, 2)
+    size, wide = floats[0].mlp.up_proj.in_features, floats[0].mlp.up_proj.out_features
+    floats[0].mlp.up_proj = nn.Linear(size, 8 * wide, bias=False)
+    floats[1].self_attn.v_proj = nn.Linear(size, floats[1].self_attn.v_proj.out_features // 2, bias=False)
+    floats[2].pre_feedforward_layernorm.weight = nn.Parameter(torch.ones(1))
+    for layer in floats[:3]:
+        assert ops.block(layer, x) is None
+    with ops.only_reference(), pytest.raises(RuntimeError, match="size of tensor"):
+        floats[0](x, angles, attend)
+
+
+def test_weights_whose_numbers_lie_elsewhere():
+    """A subclass of torch's tensors, as libraries of quantised weights have them: float32 on the CPU at address 0."""
+    decoder = decoder_of(None)
+    layer, x, angles = example(decoder, SLIDING, 2)
+    expected, weight = layer(x, angles, attend), layer.mlp.up_proj.weight.data
+    layer.mlp.up_proj.weight = nn.Parameter(TwoTensor(weight, weight.clone()), False)
+    assert ops.block(layer, x) is None
+    torch.testing.assert_close(layer(x, angles, attend).a, expected)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.cpu_kernels import ISAS, code_path
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from iolite import cache as caches
 from iolite.cache import KVCache
@@ -179,3 +180,48 @@ def test_layers_of_another_kind_are_gone_through_one_by_one(network):
         hook.remove()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert seen == [2, 1, 2, 1]
+
+
+def test_keys_that_somebody_else_left_in_float16(network):
+    """A cache without a format of its own has that of who writes first: another device's model, say."""
+    half, cache = KVCache(network.config.text, 100, torch.float16), KVCache(network.config.text, 100)
+    run(network, half, [30])
+    cache.load_state(half.state(), 30)
+    assert torch.equal(run(network, cache, [1, 1]), run(network, half, [1, 1]))
+
+
+def test_what_does_not_fit_the_model_or_the_cache_is_refused(network):
+    """The library would write beyond the tokens, beyond the rows, or over the first ones."""
+    config, device = network.config.text, torch.device("cpu")
+    with pytest.raises(AssertionError):
+        network(torch.tensor([5, 6]), RaggedBatch(config, [Segment(KVCache(config, 100), 6)], Media(), device))
+    with pytest.raises(RuntimeError, match="size"):
+        run(network, KVCache(replace(config, num_key_value_heads=1), 100), [2])
+    cache = KVCache(config, 20)
+    run(network, cache, [18])
+    with pytest.raises(AssertionError):
+        run(network, cache, [4])
+
+
+def test_hooks_on_all_modules_are_called(network):
+    seen: list[str] = []
+    hook = register_module_forward_hook(lambda module, given, found: seen.append(type(module).__name__))
+    run(network, KVCache(network.config.text, 100), [2])
+    hook.remove()
+    assert seen.count("DecoderLayer") == seen.count("MLP") == network.config.text.num_hidden_layers
+
+
+def test_a_cache_that_begins_anew_takes_up_weights_that_have_changed(network):
+    """In place, as training does: the parameter is the same one. A cache holds what it has made of it."""
+    cache = KVCache(network.config.text, 100)
+    run(network, cache, [3, 1])
+    weights = [layer.self_attn.k_norm.weight for layer in network.language_model.layers]
+    kept = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight[::3] *= 3
+    try:
+        cache.rewind(0)
+        assert torch.equal(run(network, cache, [3, 1]), run(network, KVCache(network.config.text, 100), [3, 1]))
+    finally:
+        for weight, before in zip(weights, kept, strict=True):
+            weight.copy_(before)

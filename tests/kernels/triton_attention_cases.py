@@ -5,6 +5,7 @@ Run by `test_triton_attention.py` in a process of their own.
 
 from __future__ import annotations
 
+import mmap
 import sys
 
 import pytest
@@ -141,3 +142,17 @@ def test_the_ring_in_plain_torch_is_the_same() -> None:
     at = torch.tensor(77, device=DEVICE)
     found = triton.attend_ring(q, ring_of(k, v), at, 24)
     torch.testing.assert_close(found, ring.attend_reference(q, ring_of(k, v), at, 24), rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves memory without taking it")
+def test_heads_further_apart_than_32_bits_count() -> None:
+    """Of a long context's rows the last head's begin after more than 2^31 numbers."""
+    step = 1 << 30
+    memory = mmap.mmap(-1, 3 * step, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    k = torch.frombuffer(memory, dtype=torch.int8).as_strided((4, 3, 16), (16, step, 1))
+    k.copy_(torch.arange(4 * 3 * 16).view(4, 3, 16) % 19 - 9)
+    if not INTERPRETED:
+        k = torch.empty_strided(k.shape, k.stride(), dtype=k.dtype, device=DEVICE).copy_(k)
+    q, scale = torch.ones(1, 3, 16, device=DEVICE), torch.full((4, 3), 0.1, device=DEVICE)
+    found = triton.attention(q, k, k, first=0, room=4, keys=4, past=3, k_scale=scale, v_scale=scale)
+    assert_attention(found, q, Keys(k, k, 0, 4, 4, scale, scale), None)

@@ -113,3 +113,9 @@ def test_as_an_operator_of_torch_compile(n: int) -> None:
     torch.library.opcheck(matmul.multiply_op, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda x: triton.linear(x, [matrix])[0], backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(arguments[0]), matmul.multiply(*arguments))
+
+
+def test_ids_that_do_not_lie_side_by_side() -> None:
+    matrix, ids = random_matrix(37, 100, INT8), torch.arange(37, device=DEVICE)
+    for some in (ids[::3], ids[5].expand(4)):
+        assert torch.equal(triton.embed(matrix, some), triton.embed(matrix, some.clone()))

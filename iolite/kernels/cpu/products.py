@@ -28,7 +28,7 @@ def linear(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
     """
     rows, n, stride = _tokens(x, matrices[0].cols)
     count = len(matrices)
-    outs = [torch.empty((*x.shape[:-1], m.rows), dtype=torch.float32) for m in matrices]
+    outs = [x.new_empty((*x.shape[:-1], m.rows)) for m in matrices]
     if n:
         pointers = (c_void_p * count)(*[out.data_ptr() for out in outs])
         strides = (c_int64 * count)(*[m.rows for m in matrices])
@@ -42,7 +42,7 @@ def float_linear(x: Tensor, weight: Tensor) -> Tensor:
     whatever the others are. Raises ValueError for an x that does not fit."""
     rows, n, stride = _tokens(x, weight.shape[1])
     assert weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()
-    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if n:
         library, told = loaded(), MatrixArg(weight.data_ptr(), *weight.shape, FLOAT)
         at, step = c_void_p(out.data_ptr()), c_int64(weight.shape[0])
@@ -55,7 +55,7 @@ def gated(x: Tensor, gate: Matrix, up: Matrix) -> Tensor:
     if gate.rows != up.rows:
         raise ValueError(f"a gate of {gate.rows} rows and an up projection of {up.rows}")
     rows, n, stride = _tokens(x, gate.cols)
-    out = torch.empty((*x.shape[:-1], gate.rows), dtype=torch.float32)
+    out = x.new_empty((*x.shape[:-1], gate.rows))
     if n:
         library = loaded()
         both = _argument((gate, up))

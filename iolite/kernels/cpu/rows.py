@@ -1,6 +1,7 @@
 """Norms, rope, gated gelu, softcap and rows of packed tables on the CPU; `reference.py` defines them.
 
-Tensors are float32 on the CPU. One that does not lie as the kernel reads it is copied first.
+Tensors are float32 on the CPU. One that does not lie as the kernel reads it is copied first. Results are made by
+`new_empty`: what torch makes by default may have been set to another dtype or device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from iolite.kernels.contracts import Matrix
-from iolite.kernels.cpu.library import MatrixArg, loaded
+from iolite.kernels.cpu.library import loaded
+from iolite.kernels.cpu.products import matrix_argument
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -47,7 +49,7 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, 
     n, heads, size = x.shape
     if x.stride(2) != 1 or x.stride(1) != size:
         x = x.contiguous()
-    out = torch.empty(x.shape)
+    out = x.new_empty(x.shape)
     if not out.numel():
         return out
     w, c, s = _weight(weight, size), None, None
@@ -84,10 +86,11 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 def embed(matrix: Matrix, ids: Tensor, scale: float = 1.0) -> Tensor:
     """Rows ids [...] of a packed table [R, C], times scale: float32 [..., C].
 
-    Raises IndexError for an id that the table has no row for.
+    Raises IndexError for an id that the table has no row for, ValueError for a table that does not lie as C reads it.
     """
     flat = ids.to(torch.int64).contiguous()
-    out = torch.empty(*ids.shape, matrix.cols)
+    table = matrix_argument(matrix, matrix.cols)
+    out = matrix.data.new_empty((*ids.shape, matrix.cols), dtype=torch.float32)
     if not flat.numel():
         return out
     if flat.numel() == 1:
@@ -96,9 +99,6 @@ def embed(matrix: Matrix, ids: Tensor, scale: float = 1.0) -> Tensor:
         low, high = (int(t) for t in flat.aminmax())
     if low < 0 or high >= matrix.rows:
         raise IndexError(f"id {low if low < 0 else high} of a table with {matrix.rows} rows")
-    data = matrix.data
-    assert data.is_contiguous() and data.dtype is torch.uint8
-    table = MatrixArg(data.data_ptr(), matrix.rows, matrix.cols, matrix.format.code)
     library = loaded()
     library.embed(library.pool, table, flat.data_ptr(), flat.numel(), scale, out.data_ptr())
     return out

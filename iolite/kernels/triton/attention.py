@@ -60,7 +60,7 @@ def _attend(
         s = start + tl.arange(0, KEYS)
         at = ((first + s) % room).to(tl.int64)
         inside = (s < stop)[:, None] & (d < D)[None, :]
-        key = tl.load(k + at[:, None] * k_row + head * k_head + d[None, :], inside, 0.0)
+        key = tl.load(k + at[:, None] * k_row + head.to(tl.int64) * k_head + d[None, :], inside, 0.0)
         key = key.to(tl.float32).to(query.dtype)  # by way of float32, in which int8 is exact
         score = dot(query, tl.trans(key), tl.zeros((QUERIES, KEYS), tl.float32))
         if SCALED:
@@ -75,7 +75,7 @@ def _attend(
         mass = mass * shrink + tl.sum(weight, axis=1)
         if SCALED:
             weight *= tl.load(v_scale + at * scale_row + head * scale_head, s < stop, 0.0)[None, :]
-        value = tl.load(v + at[:, None] * v_row + head * v_head + d[None, :], inside, 0.0)
+        value = tl.load(v + at[:, None] * v_row + head.to(tl.int64) * v_head + d[None, :], inside, 0.0)
         total = dot(weight.to(query.dtype), value.to(tl.float32).to(query.dtype), total * shrink[:, None])
         top = new_top
     out = (part * tokens + token) * heads + query_head

@@ -308,6 +308,7 @@ def unpack(data: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
 def rows_of(data: Tensor, ids: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """Rows [n, cols] of packed data for ids [n]; zeros for an id that is not in 0 .. rows - 1."""
     out = data.new_empty(len(ids), cols, dtype=dtype)
+    ids = ids.contiguous()
     if len(ids):
         with torch.cuda.device_of(data):
             _embed[(len(ids), triton.cdiv(cols, 1024))](
