@@ -17,12 +17,13 @@ from iolite.generate.transcribe import Segment, cut_at_silences, prompt_for
 from iolite.media.audio import decode_audio
 from iolite.server.answers import Ask
 from iolite.server.errors import body_of, problem_of
+from iolite.server.forms import FormRoute
 from iolite.server.languages import language_named
 from iolite.server.service import Service, service_of
 from iolite.server.streaming import with_pings
 from iolite.server.wire import PING, event, json_response
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=FormRoute)
 PATH = "/v1/audio/transcriptions"
 MOST_TOKENS = 512  # of the text of one piece
 Format = Literal["json", "text", "verbose_json", "srt", "vtt"]
@@ -44,8 +45,8 @@ async def transcriptions(
         raise UsageError("there are no times of words", "those of segments come with verbose_json, srt and vtt")
     named = language_named(language)
     text = prompt_for(service.model, named) + (f"\n\nThis may be spoken of: {prompt}" if prompt else "")
-    data, limits = await file.read(), service.model.builder.limits
-    samples = await service.answers.prepared(lambda: decode_audio(data, limits=limits))
+    limits = service.model.builder.limits
+    samples = await service.answers.prepared(lambda: decode_audio(file.file.read(), limits=limits))
     segments = _listen(request, service, samples, text, temperature)
     if stream:
         return StreamingResponse(_events(segments, service.settings.ping), media_type="text/event-stream")
