@@ -57,6 +57,14 @@ async def _listen(
     request: Request, service: Service, samples: np.ndarray, text: str, temperature: float
 ) -> AsyncIterator[Segment]:
     """Segments of samples, float32 [s], each as soon as it is heard."""
+    with service.recordings.holding(samples):
+        async for segment in _segments(request, service, samples, text, temperature):
+            yield segment
+
+
+async def _segments(
+    request: Request, service: Service, samples: np.ndarray, text: str, temperature: float
+) -> AsyncIterator[Segment]:
     processor = service.model.processor
     rate, longest = processor.sampling_rate, processor.audio_seq_length * processor.audio_samples_per_token
     pieces = await service.answers.prepared(lambda: cut_at_silences(samples, longest, rate))

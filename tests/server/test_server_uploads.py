@@ -14,7 +14,7 @@ import pytest
 from starlette import formparsers
 from support.serving import DEMO, KEY, asking, serving, wait_for
 
-from iolite.server import answers, bodies, page
+from iolite.server import answers, bodies, page, recordings
 
 PATHS = ["/page/files", "/v1/audio/transcriptions"]
 FORM = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
@@ -128,3 +128,28 @@ def test_those_that_wait_to_be_decoded_are_on_the_disk(nano, monkeypatch, files)
         finally:
             gate.set()
         assert [one.result().status_code for one in found] == [201] * 5
+
+
+def test_hours_of_sound_in_small_files(script, scripted, monkeypatch):
+    """Recordings are held as samples for as long as the model listens, whoever waits for it."""
+    monkeypatch.setattr(recordings, "MOST_SAMPLES", 40_000)  # one of 25,600, and not two
+    held, engine = scripted.app.state.service.recordings, scripted.app.state.service.answers._engine
+    sent = {"files": {"file": ("digits.wav", (DEMO / "digits.wav").read_bytes(), "audio/wav")}}
+    script.say("309")
+    with asking(scripted) as http, ThreadPoolExecutor() as pool:
+        for stream in ("false", "true"):
+            script.gate.clear()
+            first = pool.submit(http.post, PATHS[1], data={"stream": stream}, **sent)
+            wait_for(lambda: held.held)
+            found = http.post(PATHS[1], **sent)
+            assert found.status_code == 429 and "send it again later" in found.json()["error"]["message"]
+            script.gate.set()
+            assert "309" in first.result().text
+        script.gate.clear()
+        with http.stream("POST", PATHS[1], data={"stream": "true"}, **sent) as leaving:
+            next(leaving.iter_lines())
+            wait_for(lambda: held.held)
+        script.gate.set()
+        wait_for(lambda: not held.held and not engine.stats().running)
+        script.say("309")
+        assert http.post(PATHS[1], **sent).json()["text"] == "309"
