@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
-from iolite.errors import UsageError
+from iolite.errors import BusyError, UsageError
 from iolite.text.tokenizer import Tokenizer
 
 Bits = NDArray[np.uint8]
@@ -30,6 +30,7 @@ KEPT = 64  # grammars that are compiled already
 # the process. Of 500,000 characters at most 50,000 rules can be made, each of which names the next: 265 MB.
 MOST_CHARACTERS = 500_000
 MOST_OF_CALLS = 3_000_000  # of a grammar of ours, which takes 60 for each argument
+SECONDS = 30.0  # for one; what an answer asks for takes less than one of them
 STACK = 512 * 2**20  # of which only what is used takes memory
 # What people write between values, and no more: a model that has lost its way goes on with blanks for ever.
 _WHITESPACE = r" |\n {0,40}|\n\t{0,10}"
@@ -121,7 +122,10 @@ class Grammars:
             raise UsageError(f"{what} cannot be used: that is more than {most:,} characters of a grammar", hint)
         with self._lock:
             vocabulary = self._vocabulary
-        inner, error = self._compiled(vocabulary, grammar)
+        try:
+            inner, error = self._compiled(vocabulary, grammar)
+        except TimeoutError:
+            raise UsageError(f"{what} cannot be used: to compile it takes more than {SECONDS:.0f} s", hint) from None
         if error:
             raise UsageError(f"{what} cannot be used: {_first_line(error)}", hint)
         return Matcher(inner.deep_copy(), self)
@@ -203,18 +207,30 @@ class _Vocabulary:
 
 
 def _deeply(work: Callable[[], T]) -> T:
-    """Does some work on a thread that has stack for it."""
-    with ThreadPoolExecutor(1) as thread:
-        with _STACKS:
-            usual = threading.stack_size(STACK)
-            try:
-                found = thread.submit(work)
-            finally:
-                threading.stack_size(usual)
-        return found.result()
+    """Does some work on a thread that has stack for it, and waits for it so long and no longer. Nothing can end it."""
+    found = Future[T]()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+        finally:
+            _RUNNING.release()
+
+    if not _RUNNING.acquire(timeout=SECONDS):
+        raise BusyError("grammars are being compiled that take very long", "ask again later", retry_after=30.0)
+    with _STACKS:
+        usual = threading.stack_size(STACK)
+        try:
+            threading.Thread(target=run, name="grammar", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+    return found.result(SECONDS)
 
 
 _STACKS = threading.Lock()  # their size is the process's
+_RUNNING = threading.Semaphore(8)  # grammars that are being compiled, those for which nobody waits any more included
 
 
 def _without_unknown_formats(schema: Any) -> Any:
