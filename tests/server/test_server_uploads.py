@@ -70,7 +70,7 @@ def test_many_at_once(nano, monkeypatch, files, path):
         wait_for(lambda: all(file.closed for file in files))
         found = upload(listener, path, FORM + b"a" * 5_000 + END)  # there is room again
         assert found.status_code == {"/page/files": 201, "/v1/audio/transcriptions": 400}[path], found.text
-        assert all(file.closed for file in files)
+        wait_for(lambda: all(file.closed for file in files))
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/tokenize"])
@@ -130,26 +130,39 @@ def test_those_that_wait_to_be_decoded_are_on_the_disk(nano, monkeypatch, files)
         assert [one.result().status_code for one in found] == [201] * 5
 
 
-def test_hours_of_sound_in_small_files(script, scripted, monkeypatch):
+RECORDING = {"file": ("digits.wav", (DEMO / "digits.wav").read_bytes(), "audio/wav")}  # of 25,600 samples
+
+
+@pytest.fixture
+def held(scripted, monkeypatch):
+    """There is room for one recording, and not for two."""
+    monkeypatch.setattr(recordings, "MOST_SAMPLES", 40_000)
+    return scripted.app.state.service.recordings
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_hours_of_sound_in_small_files(script, scripted, held, stream):
     """Recordings are held as samples for as long as the model listens, whoever waits for it."""
-    monkeypatch.setattr(recordings, "MOST_SAMPLES", 40_000)  # one of 25,600, and not two
-    held, engine = scripted.app.state.service.recordings, scripted.app.state.service.answers._engine
-    sent = {"files": {"file": ("digits.wav", (DEMO / "digits.wav").read_bytes(), "audio/wav")}}
     script.say("309")
+    script.gate.clear()
     with asking(scripted) as http, ThreadPoolExecutor() as pool:
-        for stream in ("false", "true"):
-            script.gate.clear()
-            first = pool.submit(http.post, PATHS[1], data={"stream": stream}, **sent)
+        first = pool.submit(http.post, PATHS[1], data={"stream": stream}, files=RECORDING)
+        try:
             wait_for(lambda: held.held)
-            found = http.post(PATHS[1], **sent)
+            found = http.post(PATHS[1], files=RECORDING)
             assert found.status_code == 429 and "send it again later" in found.json()["error"]["message"]
+        finally:
             script.gate.set()
-            assert "309" in first.result().text
-        script.gate.clear()
-        with http.stream("POST", PATHS[1], data={"stream": "true"}, **sent) as leaving:
-            next(leaving.iter_lines())
-            wait_for(lambda: held.held)
-        script.gate.set()
-        wait_for(lambda: not held.held and not engine.stats().running)
-        script.say("309")
-        assert http.post(PATHS[1], **sent).json()["text"] == "309"
+        assert "309" in first.result().text
+        wait_for(lambda: not held.held)
+        assert http.post(PATHS[1], files=RECORDING).status_code == 200
+
+
+def test_who_goes_away_lets_go_of_the_recording(script, scripted, held):
+    script.say("on and on " * 200)
+    script.gate.clear()
+    asked = {"url": PATHS[1], "data": {"stream": "true"}, "files": RECORDING}
+    with asking(scripted) as http, http.stream("POST", **asked) as leaving:
+        assert leaving.status_code == 200
+        wait_for(lambda: held.held)
+    wait_for(lambda: not held.held)
