@@ -10,20 +10,28 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
-from iolite.errors import UsageError
+from iolite.errors import BusyError, UsageError
 from iolite.text.tokenizer import Tokenizer
 
 Bits = NDArray[np.uint8]
+T = TypeVar("T")
 
 KEPT = 64  # grammars that are compiled already
+# llguidance follows rules into one another by recursion, up to 5.3 KB of stack for each, and a stack that is full ends
+# the process. Of 500,000 characters at most 50,000 rules can be made, each of which names the next: 265 MB.
+MOST_CHARACTERS = 500_000
+MOST_OF_CALLS = 3_000_000  # of a grammar of ours, which takes 60 for each argument
+SECONDS = 30.0  # for one; what an answer asks for takes less than one of them
+STACK = 512 * 2**20  # of which only what is used takes memory
 # What people write between values, and no more: a model that has lost its way goes on with blanks for ever.
 _WHITESPACE = r" |\n {0,40}|\n\t{0,10}"
 _FORMATS = frozenset(
@@ -79,7 +87,8 @@ class Grammars:
 
     def calls(self, grammar: str) -> Matcher:
         """What stands in a call, by a Lark grammar of ours, which may name the quote token."""
-        return self._get(LLMatcher.grammar_from_lark(grammar), "a tool's parameters", "they are a JSON Schema")
+        grammar = LLMatcher.grammar_from_lark(grammar)
+        return self._get(grammar, "a tool's parameters", "they are a JSON Schema", MOST_OF_CALLS)
 
     def accepts(self, terminal: str) -> bool:
         """Whether a terminal's definition, in Lark, can be compiled."""
@@ -108,20 +117,28 @@ class Grammars:
         known = min(self.vocab_size, self.tokenizer.vocab_size)
         return self.bits(*(i for i in range(known) if i not in special and self.tokenizer.token_bytes(i)))
 
-    def _get(self, grammar: str, what: str, hint: str) -> Matcher:
+    def _get(self, grammar: str, what: str, hint: str, most: int = MOST_CHARACTERS) -> Matcher:
+        if len(grammar) > most:
+            raise UsageError(f"{what} cannot be used: that is more than {most:,} characters of a grammar", hint)
         with self._lock:
             vocabulary = self._vocabulary
-        inner, error = self._compiled(vocabulary, grammar)
+        try:
+            inner, error = self._compiled(vocabulary, grammar)
+        except TimeoutError:
+            raise UsageError(f"{what} cannot be used: to compile it takes more than {SECONDS:.0f} s", hint) from None
         if error:
             raise UsageError(f"{what} cannot be used: {_first_line(error)}", hint)
         return Matcher(inner.deep_copy(), self)
 
     @staticmethod
     def _compile(vocabulary: LLTokenizer, grammar: str) -> tuple[LLMatcher, str]:
-        inner = LLMatcher(vocabulary, grammar, log_level=0)
-        if not inner.is_error():
-            inner.compute_bitmask()  # where a grammar that is too much shows
-        return inner, inner.get_error()
+        def work() -> tuple[LLMatcher, str]:
+            inner = LLMatcher(vocabulary, grammar, log_level=0)
+            if not inner.is_error():
+                inner.compute_bitmask()  # where a grammar that is too much shows
+            return inner, inner.get_error()
+
+        return _deeply(work)
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
@@ -187,6 +204,33 @@ class _Vocabulary:
         for cut in self._cuts:
             pieces = [part for piece in pieces for part in cut.split(piece)]
         return [i for piece in pieces for i in self.tokenizer.encode(piece)]
+
+
+def _deeply(work: Callable[[], T]) -> T:
+    """Does some work on a thread that has stack for it, and waits for it so long and no longer. Nothing can end it."""
+    found = Future[T]()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+        finally:
+            _RUNNING.release()
+
+    if not _RUNNING.acquire(timeout=SECONDS):
+        raise BusyError("grammars are being compiled that take very long", "ask again later", retry_after=30.0)
+    with _STACKS:
+        usual = threading.stack_size(STACK)
+        try:
+            threading.Thread(target=run, name="grammar", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+    return found.result(SECONDS)
+
+
+_STACKS = threading.Lock()  # their size is the process's
+_RUNNING = threading.Semaphore(8)  # grammars that are being compiled, those for which nobody waits any more included
 
 
 def _without_unknown_formats(schema: Any) -> Any:

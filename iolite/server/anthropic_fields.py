@@ -131,6 +131,8 @@ def _user(blocks: list[Any], role: str, where: str) -> list[dict[str, Any]]:
     for block in blocks:
         if isinstance(block, Mapping) and block.get("type") == "tool_result":
             content = block.get("content") or ""
+            if not isinstance(content, str | list):
+                raise MessageError(f"{where} has a tool_result whose content is neither a text nor a list of blocks")
             parts = content if isinstance(content, str) else [_part(inner, where) for inner in content]
             found.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": parts})
         elif found and found[-1]["role"] == role:

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from iolite.errors import UsageError
+from iolite.errors import MessageError, UsageError
 
 VERSION = 1  # of the tables below, kept in the file
 MOST_FOUND = 200  # chats in a list
-_ORPHANS = 86_400.0  # seconds after which a file that was never sent is forgotten
+_UNSENT_FOR = 86_400.0  # seconds after which a file that was never sent is forgotten
+MOST_UNSENT = 2**30  # bytes of such files; beyond it the oldest are forgotten
 
 _TABLES = """
 CREATE TABLE chats (id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, changed REAL NOT NULL,
@@ -132,7 +133,7 @@ class Chats:
                 for statement in re.split(r";\n(?=CREATE|$)", _TABLES.strip() + "\n"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
-            db.execute(f"DELETE FROM files WHERE created < ? AND {_UNUSED}", (time.time() - _ORPHANS,))
+            _forget_unsent(db)
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -145,6 +146,15 @@ class Chats:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _stored(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that refers to what somebody else may just have deleted."""
+        try:
+            with self._change() as db:
+                yield db
+        except sqlite3.IntegrityError:
+            raise MessageError("the chat, or a file of the message, has just been deleted", "reload the page") from None
 
     def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
         with self._lock:
@@ -214,9 +224,10 @@ class Chats:
     # ---- messages ----
 
     def add(self, chat: str, message: Message) -> Message:
-        """Keeps a new message, whose id is given here, and makes it the chat's head."""
+        """Keeps a new message, whose id is given here, and makes it the chat's head. MessageError where the chat, the
+        parent or a file has been deleted meanwhile."""
         now = time.time()
-        with self._change() as db:
+        with self._stored() as db:
             values = (chat, message.parent, message.role, message.text, message.reasoning, _json(message.calls))
             id = db.execute(
                 "INSERT INTO messages (chat, parent, role, text, reasoning, calls, info, created)"
@@ -249,6 +260,7 @@ class Chats:
                 " text = excluded.text, info = excluded.info, created = excluded.created",
                 (id, kind, type, data, text, _json(info), time.time()),
             )
+            _forget_unsent(db)
         return File(id, kind, type, data, text, info)
 
     def file(self, id: str) -> File | None:
@@ -268,6 +280,13 @@ class Chats:
             row["id"]: File(row["id"], row["kind"], row["type"], b"", None, json.loads(row["info"]))
             for row in self._all(query, chat.id)
         }
+
+
+def _forget_unsent(db: sqlite3.Connection) -> None:
+    """Of the files that no message has: those that are old, and those before which enough newer ones came."""
+    db.execute(f"DELETE FROM files WHERE created < ? AND {_UNUSED}", (time.time() - _UNSENT_FOR,))
+    sizes = f"SELECT id, sum(length(data)) OVER (ORDER BY created DESC, id) AS newer FROM files WHERE {_UNUSED}"
+    db.execute(f"DELETE FROM files WHERE id IN (SELECT id FROM ({sizes}) WHERE newer > ?)", (MOST_UNSENT,))
 
 
 _UNUSED = "NOT EXISTS (SELECT 1 FROM attachments WHERE attachments.file = files.id)"

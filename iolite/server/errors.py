@@ -69,7 +69,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(400, message, "invalid_value")
         return Problem(500, message, "model_error")
     if isinstance(error, HTTPException):
-        return Problem(error.status_code, str(error.detail), headers=error.headers)  # what is allowed, of a 405
+        code = "rate_limit_exceeded" if error.status_code == 429 else None
+        return Problem(error.status_code, str(error.detail), code, headers=error.headers)  # what is allowed, of a 405
     if isinstance(error, RequestValidationError):
         return Problem(400, _first(error), "invalid_value")
     if isinstance(error, RecursionError):

@@ -16,6 +16,8 @@ from iolite import __version__
 from iolite.errors import MessageError
 from iolite.server.attachments import OTHER, budgets, longest, take
 from iolite.server.chats import Chat, Chats
+from iolite.server.chats import File as Kept
+from iolite.server.forms import FormRoute
 from iolite.server.page_fields import ChatChange, Turn, in_markdown, shown_chat, shown_message
 from iolite.server.service import service_of
 from iolite.server.static_files import OPEN, static
@@ -23,7 +25,7 @@ from iolite.server.turns import ask_for, new_messages, store
 from iolite.server.wire import json_response
 from iolite.server.writing import Writing, WritingResponse
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=FormRoute)
 
 
 @router.get("/")
@@ -150,9 +152,12 @@ async def export(request: Request, id: str, form: Literal["json", "markdown"] = 
 @router.post("/page/files")
 async def attach(request: Request, file: Annotated[UploadFile, File()]) -> Response:
     """Checks a file and says what it costs; it is sent with a message by its id."""
-    service, data = service_of(request), await file.read()
-    taken = await service.answers.prepared(lambda: take(service.model, data, file.content_type or ""))
-    kept = await asyncio.to_thread(lambda: chats_of(request).keep(**vars(taken)))
+    service, chats = service_of(request), chats_of(request)
+
+    def work() -> Kept:  # its bytes are in memory only here
+        return chats.keep(**vars(take(service.model, file.file.read(), file.content_type or "")))
+
+    kept = await service.answers.prepared(work)
     return json_response({"file": kept.id, "kind": kept.kind, "type": kept.type, "info": dict(kept.info)}, 201)
 
 

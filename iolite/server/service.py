@@ -10,6 +10,7 @@ from starlette.requests import Request
 from iolite.generate.model import Model
 from iolite.server.answers import Answers
 from iolite.server.metrics import Meters
+from iolite.server.recordings import Recordings
 from iolite.server.responses_kept import Responses
 from iolite.server.settings import Settings
 
@@ -24,6 +25,7 @@ class Service:
     meters: Meters
     name: str
     responses: Responses = field(default_factory=Responses)
+    recordings: Recordings = field(default_factory=Recordings)
     started: int = field(default_factory=lambda: int(time.time()))  # Unix time
 
 

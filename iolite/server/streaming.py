@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import TypeVar
 
 from starlette.responses import StreamingResponse
@@ -41,7 +41,7 @@ class Streamed(StreamingResponse):
             self._answer.close()
 
 
-async def with_pings(items: AsyncIterator[T], seconds: float) -> AsyncIterator[T | None]:
+async def with_pings(items: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None, None]:
     """The items, and None whenever none has come for so long."""
     coming = asyncio.ensure_future(_next(items))
     try:

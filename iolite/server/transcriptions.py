@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, File, Form, UploadFile
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from iolite.errors import BusyError, UsageError
 from iolite.generate.transcribe import Segment, cut_at_silences, prompt_for
 from iolite.media.audio import decode_audio
 from iolite.server.answers import Ask
 from iolite.server.errors import body_of, problem_of
+from iolite.server.forms import FormRoute
 from iolite.server.languages import language_named
 from iolite.server.service import Service, service_of
 from iolite.server.streaming import with_pings
 from iolite.server.wire import PING, event, json_response
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=FormRoute)
 PATH = "/v1/audio/transcriptions"
 MOST_TOKENS = 512  # of the text of one piece
 Format = Literal["json", "text", "verbose_json", "srt", "vtt"]
@@ -44,18 +47,27 @@ async def transcriptions(
         raise UsageError("there are no times of words", "those of segments come with verbose_json, srt and vtt")
     named = language_named(language)
     text = prompt_for(service.model, named) + (f"\n\nThis may be spoken of: {prompt}" if prompt else "")
-    data, limits = await file.read(), service.model.builder.limits
-    samples = await service.answers.prepared(lambda: decode_audio(data, limits=limits))
+    limits = service.model.builder.limits
+    samples = await service.answers.prepared(lambda: decode_audio(file.file.read(), limits=limits))
     segments = _listen(request, service, samples, text, temperature)
     if stream:
-        return StreamingResponse(_events(segments, service.settings.ping), media_type="text/event-stream")
+        return _Told(_events(segments, service.settings.ping), media_type="text/event-stream")
     return _page([segment async for segment in segments], response_format, named, service.model.processor.sampling_rate)
 
 
 async def _listen(
     request: Request, service: Service, samples: np.ndarray, text: str, temperature: float
-) -> AsyncIterator[Segment]:
+) -> AsyncGenerator[Segment, None]:
     """Segments of samples, float32 [s], each as soon as it is heard."""
+    with service.recordings.holding(samples):
+        async with aclosing(_segments(request, service, samples, text, temperature)) as found:
+            async for segment in found:
+                yield segment
+
+
+async def _segments(
+    request: Request, service: Service, samples: np.ndarray, text: str, temperature: float
+) -> AsyncGenerator[Segment, None]:
     processor = service.model.processor
     rate, longest = processor.sampling_rate, processor.audio_seq_length * processor.audio_samples_per_token
     pieces = await service.answers.prepared(lambda: cut_at_silences(samples, longest, rate))
@@ -75,17 +87,26 @@ async def _listen(
         yield Segment(start / rate, stop / rate, reply.text.strip(), reply.notice)
 
 
-async def _events(segments: AsyncIterator[Segment], ping: float) -> AsyncIterator[str]:
+class _Told(StreamingResponse):
+    """A stream that is closed with its connection, and with it all that makes it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(cast(AsyncGenerator[str, None], self.body_iterator)):
+            await super().__call__(scope, receive, send)
+
+
+async def _events(segments: AsyncGenerator[Segment, None], ping: float) -> AsyncGenerator[str, None]:
     texts: list[str] = []
     try:
         yield PING
-        async for segment in with_pings(segments, ping):
-            if segment is None:
-                yield PING
-            elif segment.text:
-                delta = segment.text if not texts else f" {segment.text}"
-                texts.append(segment.text)
-                yield event({"type": "transcript.text.delta", "delta": delta, **_noticed(segment)})
+        async with aclosing(segments), aclosing(with_pings(segments, ping)) as coming:
+            async for segment in coming:
+                if segment is None:
+                    yield PING
+                elif segment.text:
+                    delta = segment.text if not texts else f" {segment.text}"
+                    texts.append(segment.text)
+                    yield event({"type": "transcript.text.delta", "delta": delta, **_noticed(segment)})
         yield event({"type": "transcript.text.done", "text": " ".join(texts)})
     except Exception as error:
         yield event(body_of(PATH, problem_of(error)))

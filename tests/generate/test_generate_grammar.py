@@ -19,6 +19,7 @@ from support.writing import constraint, end_ids, grammars, ids_of, write
 
 import iolite
 from iolite.errors import UsageError
+from iolite.generate import matcher
 from iolite.generate.sampling import Sampler, SamplingParams
 from iolite.generate.speculative import Speculator
 
@@ -345,3 +346,12 @@ def test_drafts_change_nothing(model, settings):
 def test_the_constraint_of_a_word(model):
     reply = model.chat("which", grammar=WORD, temperature=1.0, seed=0)
     assert re.fullmatch(WORD["regex"], reply.text) and reply.finish_reason == "stop"
+
+
+def test_a_grammar_that_takes_very_long(monkeypatch):
+    """Each text that must be in it makes it twice as large. The next grammar does not wait for it."""
+    monkeypatch.setattr(matcher, "SECONDS", 0.2)
+    with pytest.raises(UsageError, match="takes more than"):
+        grammars().lark("start: T\nT: " + " & ".join(f"/.*a{i}.*/" for i in range(20)))
+    monkeypatch.setattr(matcher, "SECONDS", 60.0)
+    assert grammars().lark('start: "next"')

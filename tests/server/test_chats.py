@@ -8,10 +8,11 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
-from iolite.errors import UsageError
+from iolite.errors import MessageError, UsageError
 from iolite.server.chats import Attached, Chats, Message
 
 
@@ -87,6 +88,30 @@ def test_the_same_file_is_kept_once(chats):
     assert chats.keep("image", "image/png", b"x", None, {"costs": {"1": 1}}).id == first.id
     assert chats.file(first.id).info == {"costs": {"1": 1}}
     assert chats.keep("audio", "audio/wav", b"x", None, {}).id != first.id
+
+
+def test_files_that_nobody_sends(chats, monkeypatch):
+    """While the server runs: their bytes are bounded, and a day is enough."""
+    monkeypatch.setattr("iolite.server.chats.MOST_UNSENT", 250)
+    sent = chats.keep("text", "text/plain", b"sent" * 50, "", {})
+    say(chats, chats.create(), None, "hm", files=[Attached(sent.id, "a")])
+    unsent = [chats.keep("text", "text/plain", bytes([i]) * 100, "", {}) for i in range(3)]
+    assert [chats.file(file.id) is not None for file in (sent, *unsent)] == [True, False, True, True]
+    later = time.time() + 90_000
+    monkeypatch.setattr(time, "time", lambda: later)
+    new = chats.keep("text", "text/plain", b"new", "", {})
+    assert [chats.file(file.id) is not None for file in (sent, *unsent, new)] == [True, False, False, False, True]
+
+
+def test_what_is_deleted_before_it_is_answered(chats):
+    chat, gone = chats.create(), chats.create()
+    file = chats.keep("text", "text/plain", b"x", "x", {})
+    say(chats, gone, None, "hm", files=[Attached(file.id, "a")])
+    chats.delete(gone.id)
+    for where, parent, files in ((gone, None, ()), (chat, 12345, ()), (chat, None, [Attached(file.id, "a")])):
+        with pytest.raises(MessageError, match="deleted"):
+            say(chats, where, parent, "hm", files=files)
+    assert chats.chat(chat.id).messages == [] and chats.listed("hm") == []
 
 
 def test_only_the_owner_can_read_it(tmp_path):

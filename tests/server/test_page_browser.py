@@ -85,6 +85,15 @@ def complete(page, answers=1):
     expect(page.locator(".turn.assistant:not(.writing)")).to_have_count(answers)
 
 
+def found_again(page, title):
+    """The message box has let go of what was sent, and the chat is there when the page is loaded anew."""
+    expect(page.locator("#title")).to_have_text(title)
+    expect(page.locator("#text")).to_have_value("")
+    expect(page.locator("#files li")).to_have_count(0)
+    page.reload()
+    complete(page)
+
+
 def answer(page):
     return page.locator(".turn.assistant").last
 
@@ -99,11 +108,7 @@ def test_a_picture_is_sent_and_found_again(server, open_page):
     ask(page, "What number is this?")
     expect(answer(page).locator(".prose")).to_have_text("47")
     expect(answer(page).locator(".spent")).to_contain_text("tokens/s")
-    expect(page.locator("#title")).to_have_text("What number is this?")
-    expect(page.locator("#text")).to_have_value("")
-    expect(page.locator("#files li")).to_have_count(0)
-    page.reload()
-    complete(page)
+    found_again(page, "What number is this?")
     expect(answer(page).locator(".prose")).to_have_text("47")
     picture = page.locator(".turn.user img")
     expect(picture).to_be_visible()
@@ -173,11 +178,7 @@ def test_who_stops_speaking_is_answered(server, open_page):
     expect(page.locator("#recorder")).to_be_hidden()
     expect(answer(page).locator(".prose")).to_have_text(re.compile(r"\d"))
     expect(answer(page).locator(".spent")).to_contain_text("after the last sample")
-    expect(page.locator("#title")).to_have_text("Transcribe the speech.")
-    expect(page.locator("#text")).to_have_value("")
-    expect(page.locator("#files li")).to_have_count(0)
-    page.reload()
-    complete(page)
+    found_again(page, "Transcribe the speech.")
     expect(page.locator(".turn.user .said")).to_have_text("Transcribe the speech.")
     expect(page.locator(".turn.user img")).to_be_visible()
     expect(page.locator(".turn.user figcaption")).to_have_text(re.compile(r"Recording \d\d\.\d\d\.wav"))

@@ -154,6 +154,8 @@ def test_what_cannot_be_honoured_is_refused(client, more, about):
             }
         ],
         [{"type": "image"}],
+        [{"type": "tool_result", "tool_use_id": "x", "content": 5}],
+        [{"type": "tool_result", "tool_use_id": "x", "content": {"type": "text", "text": "x"}}],
         ["x"],
         None,
     ],

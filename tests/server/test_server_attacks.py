@@ -219,6 +219,33 @@ def test_expressions_that_grow(http, regex):
     assert http.post(CHAT, json=asked).status_code in (200, 400)
 
 
+def linked(number: int, first: str, link: str, last: str) -> str:
+    """Rules each of which names the next."""
+    return first + "".join(link.format(i, i + 1) for i in range(number)) + last.format(number)
+
+
+GRAMMARS = {
+    "rules": {"grammar": linked(7500, "start: r0\n", "r{}:r{}\n", 'r{}:"a"\n')},
+    "terminals": {"grammar": linked(6000, "start: T0\n", 'T{}:"a" T{}\n', 'T{}:"a"\n')},
+    "references": {"$ref": "#/$defs/0", "$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(10_000)}},
+    "too many": {"$ref": "#/$defs/0", "$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(50_000)}},
+    "arguments": {"type": "object", "properties": {str(i): {"type": "string"} for i in range(8000)}},
+}
+GRAMMARS["references"]["$defs"]["10000"] = GRAMMARS["too many"]["$defs"]["50000"] = {"type": "string"}
+
+
+@pytest.mark.parametrize("deep", GRAMMARS)
+def test_rules_in_rules_in_rules(http, deep):
+    """They are followed by recursion, in code that is not Python's: a full stack would end the process."""
+    asked, given = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}, GRAMMARS[deep]
+    if deep == "arguments":
+        given = {"tools": [{"type": "function", "function": {"name": "f", "parameters": given}}]}
+    elif "grammar" not in given:
+        given = {"response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": given}}}
+    found = http.post(CHAT, json=asked | given)
+    assert found.status_code == (200 if deep in ("rules", "terminals", "references") else 400), found.text
+
+
 @pytest.mark.parametrize(
     "messages",
     [[{"role": "user" if i % 2 == 0 else "assistant", "content": "x"} for i in range(9999)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import httpx
 import numpy as np
 import pytest
@@ -30,6 +32,18 @@ def said(listener, data=DIGITS, **start):
             heard(talk)
         assert closed.value.rcvd.code == 1000
     return found
+
+
+@contextlib.contextmanager
+def answering(script, listener, http):
+    """A chat, the connection through which something was said in it, and what that was told up to the first words of
+    an answer that does not end soon."""
+    script.say(LONG)
+    chat = new(http, max_tokens=2000)
+    with microphone_of(listener, chat=chat, silence_ms=None) as talk:
+        speak(talk, DIGITS)
+        send(talk, "commit")
+        yield chat, talk, until(talk, "text")
 
 
 def new(http, **settings):
@@ -163,13 +177,8 @@ def test_cancel_leaves_nothing(script, scripted, how):
 
 @pytest.mark.parametrize("how", ["close", "break off"])
 def test_who_goes_away_during_the_answer_finds_what_there_was(script, scripted, how):
-    script.say(LONG)
     with asking(scripted) as http:
-        chat = new(http, max_tokens=2000)
-        with microphone_of(scripted, chat=chat, silence_ms=None) as talk:
-            speak(talk, DIGITS)
-            send(talk, "commit")
-            until(talk, "text")
+        with answering(script, scripted, http) as (chat, talk, _):
             talk.socket.close() if how == "break off" else talk.close()
         wait_for(lambda: not scripted.app.state.writings and idle(scripted))
         question, answer = messages_of(http, chat)
@@ -189,13 +198,9 @@ def test_a_client_that_hangs_up_first_is_no_fault(server, capfd):
 
 @pytest.mark.parametrize("how", ["route", "message"])
 def test_stop(script, scripted, how):
-    script.say(LONG)
     with asking(scripted) as http:
-        chat = new(http, max_tokens=2000)
-        with microphone_of(scripted, chat=chat, silence_ms=None) as talk:
-            speak(talk, DIGITS)
-            send(talk, "commit")
-            answer = until(talk, "text")[2]["message"]["id"]
+        with answering(script, scripted, http) as (chat, talk, told):
+            answer = told[2]["message"]["id"]
             if how == "route":
                 assert http.post(f"/page/answers/{answer}/stop", json={}).status_code == 204
             else:

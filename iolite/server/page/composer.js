@@ -71,7 +71,8 @@ export class Composer {
       say(`${entry.name} attached, ${number(price(entry))} tokens`);
     } catch (error) {
       Object.assign(entry, { state: "bad", why: error.message });
-      if (error.status === 0) entry.again = () => this.read(entry, file);  // nobody has looked at it yet
+      // Nobody has looked at it yet.
+      if (error.status === 0 || error.status === 429) entry.again = () => this.read(entry, file);
       if (error.name !== "AbortError") say(`${entry.name}: ${error.message}`);
     }
     this.changed();
