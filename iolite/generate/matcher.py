@@ -224,6 +224,9 @@ def _deeply(work: Callable[[], T]) -> T:
         usual = threading.stack_size(STACK)
         try:
             threading.Thread(target=run, name="grammar", daemon=True).start()
+        except RuntimeError:  # where the system promises no more than there is
+            _RUNNING.release()
+            raise BusyError("there is no memory to compile a grammar in", "ask again later", retry_after=30.0) from None
         finally:
             threading.stack_size(usual)
     return found.result(SECONDS)

@@ -44,8 +44,8 @@ Item = ContentDelta | ReasoningDelta | ToolCall | Reply
 PREPARING = 2  # threads that make prompts
 
 _APART = 0.03
-"""Seconds between what is handed on of an answer, after its first token. A small model draws many tokens in it, and each
-piece by itself costs the server, its client and what lies between them more than drawing does; nobody sees the
+"""Seconds between what is handed on of an answer, after its first token. A small model draws many tokens in it, and
+each piece by itself costs the server, its client and what lies between them more than drawing does; nobody sees the
 difference. Of all answers at the same times, so that drawing is disturbed once and not once for each."""
 
 

@@ -170,3 +170,8 @@ def test_every_command_is_there():
 def test_errors_are_shown_without_control_characters(capsys):
     cli.print_error("no tensor \x1b[2J\ud800 here", "a\x07b")  # as the names in a checkpoint may have them
     assert capsys.readouterr().err == "error: no tensor �[2J� here\nhint: a�b\n"
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "iolite", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"iolite {iolite.__version__}\n"

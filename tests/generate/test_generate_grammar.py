@@ -18,7 +18,7 @@ from support.folder import random_folder
 from support.writing import constraint, end_ids, grammars, ids_of, write
 
 import iolite
-from iolite.errors import UsageError
+from iolite.errors import BusyError, UsageError
 from iolite.generate import matcher
 from iolite.generate.sampling import Sampler, SamplingParams
 from iolite.generate.speculative import Speculator
@@ -355,3 +355,16 @@ def test_a_grammar_that_takes_very_long(monkeypatch):
         grammars().lark("start: T\nT: " + " & ".join(f"/.*a{i}.*/" for i in range(20)))
     monkeypatch.setattr(matcher, "SECONDS", 60.0)
     assert grammars().lark('start: "next"')
+
+
+def test_without_memory_for_another_thread_others_are_not_kept_waiting(monkeypatch):
+    def fails(thread):
+        raise RuntimeError("can't start new thread")
+
+    found, answer = grammars(), {"type": "object", "properties": {"a_thread": {"type": "integer"}}}
+    with monkeypatch.context() as patch:
+        patch.setattr(matcher.threading.Thread, "start", fails)
+        for _ in range(20):
+            with pytest.raises(BusyError, match="no memory"):
+                found.schema(answer)
+    assert found.schema(answer)
