@@ -19,10 +19,10 @@ from torch import Tensor
 from iolite.cache import KVCache
 from iolite.engine.pace import Pace
 from iolite.engine.sequence import Sequence
-from iolite.engine.threads import MUCH, threads
 from iolite.generate.costs import MOST_DRAFTS
 from iolite.generate.passes import are_numbers, check_numbers
 from iolite.generate.speculative import Proposal, Speculator
+from iolite.kernels.threads import MUCH, threads
 from iolite.model.batch import RaggedBatch
 from iolite.model.unified import Unified
 from iolite.prefix.memory import PrefixCache

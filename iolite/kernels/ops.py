@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from iolite.kernels import cpu, reference
 from iolite.kernels.contracts import Keys, Matrix, Segment, matrix_of
 from iolite.kernels.reference import attention
+from iolite.kernels.threads import threads
 
 __all__ = [
-    "add_rms_norm", "attend", "attention", "block", "embed", "gated", "geglu", "linear", "norm_rope", "only_reference",
-    "project", "rms_norm", "rope_angles", "scores", "softcap", "stack",
+    "add_rms_norm", "attend", "attention", "beside_torch", "block", "embed", "gated", "geglu", "linear", "norm_rope",
+    "only_reference", "project", "rms_norm", "rope_angles", "scores", "softcap", "stack",
 ]  # fmt: skip
 
 Angles = tuple[Tensor, Tensor]
@@ -152,6 +153,14 @@ def stack(
     if segments is None or not _is_few(x) or _packed(x) is not cpu:
         return None
     return cpu.stack(layers, x, sliding, full, segments)
+
+
+def beside_torch(layer: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Around layers like this one that are gone through one by one with x: where their products are the C++ kernels',
+    torch computes what is left on one thread."""
+    if _packed(x) is cpu and any(matrix_of(module) is not None for module in layer.modules()):
+        return threads(1)
+    return contextlib.nullcontext()
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Decoder(nn.Module):
         angles = {kind: self._angles(kind, batch.positions) for kind in (SLIDING, FULL)}
         hidden = ops.stack(self.layers, x, angles[SLIDING], angles[FULL], batch.plain)
         if hidden is None:
-            hidden = self._one_by_one(x, angles, batch)
+            with ops.beside_torch(self.layers[0], x):
+                hidden = self._one_by_one(x, angles, batch)
         batch.finish()
         return self.norm(hidden)
 

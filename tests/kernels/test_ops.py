@@ -14,7 +14,12 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iolite.checkpoint.assemble import assemble
+from iolite.checkpoint.synthetic import SyntheticSource, config_of
 from iolite.kernels import cpu, ops
+from iolite.model.batch import PaddedBatch
+from iolite.model.layers import DecoderLayer
+from iolite.prompt import Prompt
 from iolite.quant.formats import FORMATS, PackedMatrix, quantise
 from iolite.quant.linear import QuantEmbedding, QuantLinear
 
@@ -169,3 +174,28 @@ def test_a_gradient_is_not_lost_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ops._packed(x) is kernels  # type: ignore[arg-type]
     with torch.inference_mode(False), torch.enable_grad():
         assert ops._packed(x) is None  # type: ignore[arg-type]
+
+
+def test_beside_the_kernels_torch_has_one_thread(monkeypatch):
+    """In layers that are gone through one by one; where the products are torch's it keeps its threads."""
+    seen = []
+    forward = DecoderLayer.forward
+
+    def watched(layer, x, angles, attend):
+        seen.append(torch.get_num_threads())
+        return forward(layer, x, angles, attend)
+
+    monkeypatch.setattr(DecoderLayer, "forward", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for scheme, count in (("int4", 1), (None, 2)):
+            source = SyntheticSource(config_of("tiny"), scheme)
+            weights = {name: source.weight(name) for name in source.names()}
+            network = assemble(source.config, weights, dtype=torch.float32).eval()
+            prompt, seen[:] = Prompt([7] * 1000, ""), []
+            network(torch.tensor([prompt.ids]), PaddedBatch.from_prompts(network.config.text, [prompt]))
+            assert set(seen) == {count}
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kFew = 24;
+constexpr int64_t kFew = 48;
 
 // What a thread claims of the weights at a time: much against the cost of claiming, little against a thread's share.
 constexpr int64_t kChunkBytes = 256 << 10;

@@ -1,8 +1,9 @@
-"""On how many threads torch computes in the engine's thread.
+"""On how many threads torch computes beside the kernels, which have threads of their own.
 
-Beside the kernels' own threads, which wait for their next job without sleeping, torch's have to get hold of a core
-first. For the little arithmetic of a few tokens of a small model, or of a sampler, that takes longer than the work, and
-on a machine that does other things as well many times longer.
+Those wait for their next job without sleeping, and so do torch's: each has to get hold of a core that the other's
+threads keep busy with waiting. For the little arithmetic of a few tokens of a small model, or of a sampler, that takes
+longer than the work; and of a large model, whose layers go from the kernels to torch and back, it makes a pass over 32
+tokens take half as long again.
 """
 
 from __future__ import annotations
