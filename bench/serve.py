@@ -170,7 +170,7 @@ def prompts(client: httpx.Client, length: int, number: int, seed: int) -> list[t
     for _ in range(number):
         text = str(dice.randrange(10**6))
         while len(ids := to_ids(client, text, True)) < length:
-            text += " " + " ".join(dice.choices(_WORDS, k=max(1, (length - len(ids)) // 2)))
+            text += " " + dice.choice(_WORDS)
         found.append((text, ids))
     return found
 
