@@ -65,4 +65,5 @@ class Unified(nn.Module):
 
 
 def _is_short(ids: Tensor) -> bool:
-    return ids.is_cpu and ids.numel() <= 16 and not torch.compiler.is_compiling()
+    """Whether there are few, and they can be looked at: those of a subclass of torch's tensors may have no values."""
+    return type(ids) is Tensor and ids.is_cpu and ids.numel() <= 16 and not torch.compiler.is_compiling()

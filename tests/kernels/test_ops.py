@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iolite.checkpoint.assemble import assemble
 from iolite.checkpoint.synthetic import SyntheticSource, config_of
 from iolite.kernels import cpu, ops
-from iolite.model.batch import PaddedBatch
+from iolite.model.batch import Media, PaddedBatch
 from iolite.model.layers import DecoderLayer
 from iolite.prompt import Prompt
 from iolite.quant.formats import FORMATS, PackedMatrix, quantise
@@ -199,3 +200,12 @@ def test_beside_the_kernels_torch_has_one_thread(monkeypatch):
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_ids_without_values_go_through_the_network():
+    """As when somebody asks what shapes a pass has."""
+    source = SyntheticSource(config_of("tiny"), None)
+    network = assemble(source.config, {name: source.weight(name) for name in source.names()}, dtype=torch.float32)
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ids = mode.from_tensor(torch.tensor([5, 6, 7]))
+        assert network.embed(ids, Media()).shape == (3, source.config.text.hidden_size)
